@@ -1,0 +1,254 @@
+"""The diffusion model: a noise schedule, a U-Net that predicts the noise, the DDPM objective, DDPM and DDIM sampling.
+
+This is stage 2 of TreeDiffusion: section 3.2 and Appendix B of the paper, equations (3)-(6) and (22)-(30).
+
+Forward, an image x_0 is drowned in Gaussian noise over T small steps; the U-Net learns to name the noise in x_t; backward,
+starting from pure noise, what it names is taken out step by step. The conditioning vector y, made of a tree path by
+`path_encoder.PathEncoder`, is added to the U-Net's embedding of the time: it tells the net which cluster to draw.
+
+In: images (B, C, H, W) in [-1, 1], y (B, emb) or None. Out: the same kind of images.
+Times: t is a (B,) long tensor in 0..T-1. The paper counts 1..T, so its beta_t, alpha_t, abar_t are `beta[t]`, `alpha[t]`,
+`abar[t]` at our t = its t - 1; abar before the first step is 1 in both.
+
+Read `Diffusion` first (each method is an equation or two), then `UNet` from its forward pass.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def per_image(coefficient, t):
+    """Pick coefficient[t] for each image and shape it to multiply an image: (T,), (B,) -> (B, 1, 1, 1)."""
+    return coefficient[t].view(-1, 1, 1, 1)
+
+
+class Diffusion(nn.Module):
+    """The noise schedule and everything that follows from it. It has no parameters; `.to(device)` moves its tables.
+
+    A net is called net(x_t, t, y) and returns its estimate of eps, with the shape of x_t.
+    """
+
+    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
+        super().__init__()
+        beta = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        abar = torch.cumprod(1 - beta, 0)                          # eq. (5): abar_t = prod_{s <= t} alpha_s
+        abar_prev = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+        self.timesteps = timesteps
+        tables = dict(beta=beta, alpha=1 - beta, abar=abar, abar_prev=abar_prev,
+                      # 1 - abar_t loses its digits in float32 when abar_t is near 1: take it in float64 here
+                      one_minus_abar=1 - abar, one_minus_abar_prev=1 - abar_prev)
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    # -- the forward process ------------------------------------------------------------------------------------------
+
+    def add_noise(self, x0, t, eps):
+        """A sample of q(x_t | x_0), eqs. (5) and (24): t applications of the chain (3), (4), (22), (23) in one go."""
+        return per_image(self.abar, t).sqrt() * x0 + per_image(self.one_minus_abar, t).sqrt() * eps
+
+    def posterior(self, x0, xt, t):
+        """q(x_{t-1} | x_t, x_0) -> mean (B, C, H, W), variance (B, 1, 1, 1): eqs. (25), (26)."""
+        beta, one_minus_abar = per_image(self.beta, t), per_image(self.one_minus_abar, t)
+        one_minus_abar_prev = per_image(self.one_minus_abar_prev, t)
+        mean = (per_image(self.abar_prev, t).sqrt() * beta / one_minus_abar * x0
+                + per_image(self.alpha, t).sqrt() * one_minus_abar_prev / one_minus_abar * xt)
+        return mean, one_minus_abar_prev / one_minus_abar * beta
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, net, x0, y=None, t=None, eps=None):
+        """L_simple, eq. (30), for one random time and noise an image (or the given ones): a scalar, the mean over pixels.
+
+        Eq. (30) is eq. (29) with its factor left out: the distance between mu~ and mu_psi is a multiple of the one
+        between eps and eps_psi, so naming the noise is the same as finding the mean of x_{t-1}, and trains better.
+        """
+        if t is None:
+            t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
+        if eps is None:
+            eps = torch.randn_like(x0)
+        return F.mse_loss(net(self.add_noise(x0, t, eps), t, y).float(), eps)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    def predict(self, net, xt, t, y, clip):
+        """The net's guess of the image, x0^ = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), and the eps that goes with it.
+
+        Images live in [-1, 1], so x0^ is clipped to it, and eps is then what turns this x0^ into x_t: otherwise the two
+        would contradict each other and the error would be carried to the next step.
+        """
+        eps = net(xt, t, y).float()
+        abar, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
+        x0 = (xt - noise * eps) / abar
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (xt - abar * x0) / noise
+        return x0, eps
+
+    @torch.no_grad()
+    def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
+        """Ancestral sampling, eqs. (6), (27), (28): T steps from noise to images of the given shape (B, C, H, W).
+
+        mu_psi of eq. (28) is mu~ of eq. (26) at x0^, so the posterior serves; variance sigma_t^2: "posterior" is beta~_t,
+        "beta" is beta_t. x_T: the noise to start from, drawn if None. ValueError for another variance.
+        """
+        if variance not in ("posterior", "beta"):
+            raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
+        x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
+        for step in reversed(range(self.timesteps)):
+            t = torch.full((len(x),), step, device=x.device)
+            x0, _ = self.predict(net, x, t, y, clip)
+            mean, var = self.posterior(x0, x, t)
+            if variance == "beta":
+                var = per_image(self.beta, t)
+            x = mean + var.sqrt() * torch.randn_like(x) if step > 0 else mean   # the last step is not noised
+        return x
+
+    def ddim_times(self, steps, spacing="quadratic"):
+        """The increasing subsequence tau of times that DDIM visits, as our t in 0..T-1.
+
+        "linear": tau_i = i T / S; "quadratic": tau_i = 0.8 T (i / S)^2, denser where the image is nearly clean; i = 1..S.
+        Rounding can make small quadratic times coincide; each is visited once. ValueError outside 1..T steps.
+        """
+        if not 1 <= steps <= self.timesteps or spacing not in ("linear", "quadratic"):
+            raise ValueError(f"steps must be in 1..{self.timesteps} and spacing linear or quadratic, not {steps}, {spacing!r}")
+        i = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        tau = self.timesteps * (i if spacing == "linear" else 0.8 * i ** 2)
+        return (tau - 1e-6).ceil().long().clamp(min=1).unique().sub(1).tolist()
+
+    @torch.no_grad()
+    def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic", x_T=None, clip=True):
+        """DDIM (Song et al. 2020, eq. 12): `steps` jumps from noise to images of the given shape (B, C, H, W).
+
+        eta = 0: no noise on the way, the image is a function of x_T; eta = 1 over all steps: DDPM. The net is trained on
+        all T times and is asked at the original t of each jump.
+        """
+        x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
+        times = self.ddim_times(steps, spacing)
+        for step, prev in zip(times[::-1], times[-2::-1] + [None]):
+            t = torch.full((len(x),), step, device=x.device)
+            x0, eps = self.predict(net, x, t, y, clip)
+            if prev is None:                                       # the last jump lands on abar = 1: the image itself
+                return x0
+            abar, abar_prev = self.abar[step], self.abar[prev]
+            s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - abar / abar_prev)).sqrt()
+            x = abar_prev.sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).clamp(min=0).sqrt() * eps
+            if eta > 0:
+                x = x + s * torch.randn_like(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The U-Net eps_psi(x_t, t, y)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def time_features(t, dim):
+    """Sines and cosines of t at dim / 2 frequencies from 1 to 1/10000: (B,) -> (B, dim)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def zero(module):
+    """Zero-initialise: a residual branch that starts at nothing, a net that starts by predicting no noise."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """x + conv(conv(x)), with the embedding of time and path as scale and shift after the second norm."""
+
+    def __init__(self, c_in, c_out, emb, dropout):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.GroupNorm(math.gcd(32, c_in), c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out))
+        self.norm2 = nn.GroupNorm(math.gcd(32, c_out), c_out)
+        self.conv2 = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        return self.skip(x) + self.conv2(self.norm2(self.conv1(x)) * (1 + scale) + shift)
+
+
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, heads of up to 64 channels, added to its input."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = max(1, c // 64)
+        self.norm, self.qkv, self.out = nn.GroupNorm(math.gcd(32, c), c), nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(3, 4).unbind(1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """eps_psi(x_t, t, y): (B, C, H, W), (B,), (B, emb_dim) or None -> (B, C, H, W).
+
+    One scale for each multiplier, half the side each time; `blocks` residual blocks a scale; self-attention where the
+    feature map's side is in `attention`, and in the middle. Images whose side does not halve that often are zero-padded
+    around (28 -> 32 for four scales) and cut back.
+    """
+
+    def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3):
+        super().__init__()
+        c_image, side, _ = image_shape
+        step = 2 ** (len(multipliers) - 1)
+        self.pad = (-side % step) // 2
+        side += 2 * self.pad
+        self.channels, self.emb_dim = channels, 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, self.emb_dim), nn.SiLU(), nn.Linear(self.emb_dim, self.emb_dim))
+        self.first = nn.Conv2d(c_image, channels, 3, padding=1)
+
+        def stage(c_in, c_out):
+            layers = [ResBlock(c_in, c_out, self.emb_dim, dropout)]
+            return nn.ModuleList(layers + [Attention(c_out)] * (side in attention))
+
+        c, skips = channels, [channels]
+        self.down = nn.ModuleList()
+        for k, m in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(stage(c, m * channels))
+                c = m * channels
+                skips.append(c)
+            if k < len(multipliers) - 1:
+                self.down.append(nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
+                skips.append(c)
+                side //= 2
+        self.middle = nn.ModuleList([ResBlock(c, c, self.emb_dim, dropout), Attention(c), ResBlock(c, c, self.emb_dim, dropout)])
+        self.up = nn.ModuleList()
+        for k, m in reversed(list(enumerate(multipliers))):
+            for b in range(blocks + 1):
+                self.up.append(stage(c + skips.pop(), m * channels))
+                c = m * channels
+                if b == blocks and k > 0:
+                    self.up[-1].extend([nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)])
+                    side *= 2
+        self.last = nn.Sequential(nn.GroupNorm(math.gcd(32, c), c), nn.SiLU(), zero(nn.Conv2d(c, c_image, 3, padding=1)))
+
+    def forward(self, x, t, y=None):
+        emb = self.time(time_features(t, self.channels))               # (B, emb_dim)
+        if y is not None:
+            emb = emb + y                                              # section 3.2: the path joins the time
+        h = self.first(F.pad(x, [self.pad] * 4))
+        skips = [h]
+        for layers in self.down:
+            h = run(layers, h, emb)
+            skips.append(h)
+        h = run(self.middle, h, emb)
+        for layers in self.up:
+            h = run(layers, torch.cat([h, skips.pop()], 1), emb)
+        h = self.last(h)
+        return h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
+
+
+def run(layers, h, emb):
+    """Apply layers in turn; residual blocks also take the embedding."""
+    for layer in layers:
+        h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+    return h

@@ -1,0 +1,60 @@
+"""The path encoder: from the latents on a tree path to the vector that tells the U-Net what to draw.
+
+This is section 3.2 of the paper. Stage 1 turns an image into a path, the latents z_i of the nodes from the root to one
+leaf; the path encoder turns the path into one conditioning vector,
+
+    y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ],
+
+which the U-Net adds to its embedding of the time. f_z says what the image looks like at each level of the hierarchy,
+f_id which nodes it went through, and so which cluster it belongs to. It is trained with the U-Net, on its loss.
+
+In: z (B, D, C, r, r) and nodes (B, D), the two fields of `treevae.Path`. Out: y (B, emb_dim).
+"""
+
+import torch
+from torch import nn
+
+
+def two_layers(c_in, emb_dim):
+    """Two linear layers with an activation between them."""
+    return nn.Sequential(nn.Linear(c_in, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+
+class PathEncoder(nn.Module):
+    """y of section 3.2. latent_shape: (C, r, r); n_nodes: how many ids there are, pruned ones included; emb_dim: of y.
+
+    A node's index enters f_id one-hot: ids are names, not quantities, and nothing makes node 7 more than node 3. The
+    first linear layer of a one-hot vector is a table look-up, which is what `nn.Embedding` is (without a bias).
+    """
+
+    def __init__(self, latent_shape, n_nodes, emb_dim):
+        super().__init__()
+        self.f_z = two_layers(torch.Size(latent_shape).numel(), emb_dim)
+        self.f_id = nn.Sequential(nn.Embedding(n_nodes, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+
+    def forward(self, z, nodes):
+        """z (B, D, C, r, r), nodes (B, D) long with -1 where a path is padded -> y (B, emb_dim).
+
+        A sum: neither the order of the nodes nor the padding matters.
+        """
+        on_path = (nodes >= 0).unsqueeze(2)                                   # (B, D, 1)
+        parts = self.f_z(z.flatten(2)) + self.f_id(nodes.clamp(min=0))        # (B, D, emb_dim)
+        return (parts * on_path).sum(1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print("Two paths in a tree with nodes 0..4 (0 -> 1, 2 and 1 -> 3, 4), latents of 8 x 1 x 1:")
+    nodes = torch.tensor([[0, 1, 4], [0, 2, -1]])
+    z = torch.randn(2, 3, 8, 1, 1)
+    encoder = PathEncoder((8, 1, 1), n_nodes=5, emb_dim=64)
+    y = encoder(z, nodes)
+    print(f"  nodes {nodes.tolist()}   (-1 pads the shorter path)\n  z {tuple(z.shape)}\n  y = sum of f_z(z_i) + f_id(i): {tuple(y.shape)}")
+    order = [2, 0, 1]
+    print(f"y with the nodes in another order changes by {(encoder(z[:, order], nodes[:, order]) - y).abs().max().item():.1e}: it is a sum")
+    moved = z.clone()
+    moved[1, 2] += 1
+    print(f"y when the padding's z changes:      {(encoder(moved, nodes) - y).abs().max().item():.1e}: it is masked")
+    moved = z.clone()
+    moved[:, 0] += 1
+    print(f"y when the root's z changes:         {(encoder(moved, nodes) - y).abs().max().item():.1e}: every level has its say")

@@ -1,0 +1,164 @@
+"""Pictures out of a finished run.
+
+    python sample.py runs/fashion              tree.png, leaves.png, one_root.png and reconstructions.png in the run's folder
+    python sample.py runs/fashion --leaf 5     new images of one cluster: leaf_5.png
+    python sample.py runs/fashion --node 2     new images of all clusters below a node: node_2.png
+
+tree.png           the tree, generated images at every leaf, the leaf's share of the test images and the classes in it
+leaves.png         new images of each leaf: TreeVAE's own decoder beside the diffusion model, on the same paths
+one_root.png       the same z_0 and the same noise x_T sent through every leaf (Figure 4 of the paper)
+reconstructions.png    test images, their reconstructions by the tree, and by the diffusion model on the same path
+"""
+
+import argparse
+from pathlib import Path as File
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+
+import train
+from diffusion import Diffusion
+from treevae import Path
+
+
+class Painter:
+    """A run with the settings of sampling: from paths to images."""
+
+    def __init__(self, folder, device, steps, eta):
+        self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device)
+        self.diffusion, self.steps, self.eta = Diffusion(self.config.timesteps).to(self.device), steps, eta
+
+    def noise(self, n):
+        """x_T: (n, C, H, W), drawn on the CPU so that a seed means the same images on every device."""
+        return torch.randn(n, *self.tree.image_shape).to(self.device)
+
+    @torch.no_grad()
+    def draw(self, path, x_T=None, batch_size=64):
+        """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU."""
+        x_T, images = self.noise(len(path.z)) if x_T is None else x_T, []
+        for rows in torch.arange(len(path.z), device=self.device).split(batch_size):
+            y = self.networks["path_encoder"](path.z[rows], path.nodes[rows])
+            with train.autocast(self.config, self.device):
+                images.append(self.diffusion.ddim_sample(self.networks["unet"], x_T[rows].shape, y, self.steps, self.eta, x_T=x_T[rows]))
+        return self.tree.decode(path).cpu(), (torch.cat(images).cpu() + 1) / 2
+
+    @torch.no_grad()
+    def new_paths(self, n, pool=4096):
+        """n new paths for every leaf, in the order of `tree.leaves`.
+
+        Paths are drawn from the prior and kept by the leaf they arrive at, so that a leaf's z_0 is one that leads there.
+        Where the prior reaches a leaf too seldom, the missing ones are sent there.
+        """
+        paths, kept = self.tree.sample_path(pool), []
+        for leaf in self.tree.leaves:
+            rows = (paths.nodes.amax(1) == leaf).nonzero().squeeze(1)[:n]
+            missing = self.tree.sample_path(n - len(rows), leaf)
+            kept += [Path(paths.z[rows], paths.nodes[rows]), missing]
+        return join(kept)
+
+
+def join(paths):
+    """Several Path, one after another, as one."""
+    return Path(torch.cat([path.z for path in paths]), torch.cat([path.nodes for path in paths]))
+
+
+def show(ax, images, columns, title=""):
+    """Draw images (n, C, H, W) in [0, 1] as a grid."""
+    ax.imshow(make_grid(images.clamp(0, 1), columns, padding=1, pad_value=1).permute(1, 2, 0), interpolation="nearest")
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
+
+
+def draw_tree(painter, images, file):
+    """tree.png. images: (n_leaves, n, C, H, W) in [0, 1], generated."""
+    tree, data = painter.tree, painter.data
+    column = train.leaf_probs(tree, data.test_images.to(painter.device)).argmax(1).cpu()
+    shares = (torch.bincount(column, minlength=len(tree.leaves)) / len(column)).tolist()
+    figure, ax = plt.subplots(figsize=(1.25 * len(tree.leaves) + 1, 7))
+    bottom = train.draw_tree(ax, tree.parents, tree.leaves, shares, (255 * images[:, :3].clamp(0, 1)).byte())
+    if data.classes:
+        colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
+        for k in range(len(tree.leaves)):
+            counts = np.bincount(data.test_labels[column == k], minlength=len(data.classes))
+            left = k - 0.47
+            for c in counts.argsort()[::-1]:                           # one bar: the classes in this leaf, largest first
+                width = 0.94 * counts[c] / max(1, counts.sum())
+                ax.barh(bottom - 0.15, width, left=left, height=0.22, color=colours[c % 20], edgecolor="white", lw=0.3)
+                left += width
+            top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in counts.argsort()[::-1][:3] if counts[c]]
+            ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top", fontsize=6)
+        ax.set_ylim(bottom - 1.1, None)
+    ax.set_title("Share of the test images at each leaf, the classes in it, and new images that diffusion draws for it", fontsize=9)
+    train.save_figure(figure, file)
+
+
+def main(argv=None):
+    """Load a run, draw its pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run, such as runs/fashion")
+    parser.add_argument("--leaf", type=int, help="only draw new images of this leaf (a node id, as in tree.png)")
+    parser.add_argument("--node", type=int, help="only draw new images of the leaves below this node")
+    parser.add_argument("--steps", type=int, default=100, help="DDIM steps, 1..T (default: 100)")
+    parser.add_argument("--eta", type=float, default=0.0, help="DDIM noise: 0 none, 1 as in DDPM (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of paths and noise (default: 0)")
+    parser.add_argument("--n", type=int, default=8, help="images a row, 1..64 (default: 8)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute (default: auto)")
+    flags = parser.parse_args(argv)
+    if not 1 <= flags.n <= 64 or flags.eta < 0:
+        train.fail(f"--n must be in 1..64 and --eta at least 0, not {flags.n} and {flags.eta}")
+    folder, painter = File(flags.run), Painter(flags.run, flags.device, flags.steps, flags.eta)
+    tree, n = painter.tree, flags.n
+    if not 1 <= flags.steps <= painter.config.timesteps:
+        train.fail(f"--steps must be in 1..{painter.config.timesteps}, not {flags.steps}")
+    torch.manual_seed(flags.seed)
+
+    node = flags.leaf if flags.leaf is not None else flags.node
+    if node is not None:
+        if node not in (tree.leaves if flags.leaf is not None else tree.ids):
+            train.fail(f"this tree has no such node as {node}; its leaves are {tree.leaves}, its nodes {tree.ids}")
+        file = folder / f"{'leaf' if flags.leaf is not None else 'node'}_{node}.png"
+        figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
+        with torch.no_grad():
+            path = tree.sample_path(n * n, node)
+        for ax, images, who in zip(axes, painter.draw(path), ("TreeVAE's decoder", "diffusion")):
+            show(ax, images, n, f"{who}, {'leaf' if flags.leaf is not None else 'below node'} {node}")
+        train.save_figure(figure, file)
+        print(f"wrote {file}")
+        return
+
+    decoded, drawn = painter.draw(painter.new_paths(n))
+    by_leaf = drawn.view(len(tree.leaves), n, *tree.image_shape)
+    draw_tree(painter, by_leaf, folder / "tree.png")
+
+    rows = len(tree.leaves)
+    figure, axes = plt.subplots(1, 2, figsize=(0.8 * n, 0.42 * rows + 0.4), layout="constrained")
+    for ax, images, who in zip(axes, (decoded, drawn), ("TreeVAE's decoder", "diffusion, same paths")):
+        show(ax, images, n, who)
+        for k, leaf in enumerate(tree.leaves):
+            ax.text(-3, (k + 0.5) * (tree.image_shape[1] + 1), leaf, ha="right", va="center", fontsize=8)
+    train.save_figure(figure, folder / "leaves.png")
+
+    roots = torch.randn(4, *tree.latent_shape, device=painter.device)
+    with torch.no_grad():
+        paths = join([tree.sample_path(len(roots), leaf, roots) for leaf in tree.leaves])
+    decoded, drawn = painter.draw(paths, painter.noise(len(roots)).repeat(len(tree.leaves), 1, 1, 1))
+    both = torch.stack([part.view(len(tree.leaves), len(roots), *tree.image_shape).transpose(0, 1) for part in (decoded, drawn)], 1)
+    figure, ax = plt.subplots(figsize=(0.62 * rows, 6), layout="constrained")
+    show(ax, both.flatten(0, 2), rows, "One z_0 and one x_T through every leaf (columns); TreeVAE above diffusion, 4 samples")
+    train.save_figure(figure, folder / "one_root.png")
+
+    x = painter.data.test_images[:2 * n].to(painter.device).float() / 255
+    with torch.no_grad():
+        path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))
+    decoded, drawn = painter.draw(path)
+    figure, axes = plt.subplots(3, 1, figsize=(2 * n * 0.6, 2.6), layout="constrained")
+    for ax, images, who in zip(axes, (x.cpu(), decoded, drawn), ("test images", "TreeVAE's decoder", "diffusion")):
+        show(ax, images, 2 * n, who)
+    train.save_figure(figure, folder / "reconstructions.png")
+    print(f"wrote tree.png, leaves.png, one_root.png and reconstructions.png into {folder}")
+
+
+if __name__ == "__main__":
+    main()

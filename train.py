@@ -1,0 +1,633 @@
+"""Train TreeDiffusion from images to samples: first the tree (stage 1), then the diffusion model on its paths (stage 2).
+
+    python train.py                        the embedded data set `shapes`, no download: minutes on a laptop CPU
+    python train.py --dataset fashion      Fashion-MNIST, downloaded through torchvision into --data-root
+    python train.py --dataset fashion --resume      goes on where it stopped, whatever stopped it
+
+Everything lands in runs/<dataset> (or --out): config.json, log.csv, tree.pt, diffusion.pt, checkpoint.pt, curves.png and
+growth.png. `sample.py` and `metrics.py` take that folder.
+
+Read it from the bottom: `main` is the recipe, `train_tree` and `train_diffusion` are its two stages, `train_phase` the loop
+both share; above them the settings, the data sets and the run's folder.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path as File
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from diffusion import Diffusion, UNet
+from path_encoder import PathEncoder
+from treevae import TreeVAE
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def fail(sentence):
+    """End the program with one sentence on stderr and exit code 2: for mistakes of the user, not of the code."""
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass; every field is a flag. A preset is a set of other defaults.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """All settings of a run; config.json is this, and `python train.py --help` prints it."""
+    dataset: str = setting("shapes", "data set: shapes (embedded), fashion or mnist (downloaded)")
+    preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)")
+    data_root: str = setting("data", "folder of downloaded data sets")
+    out: str = setting("", "the run's folder; runs/<dataset> if empty")
+    seed: int = setting(1, "seed of all randomness")
+    max_images: int = setting(0, "train on the first so many images only; 0 means all")
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is")
+    bf16: bool = setting(True, "bfloat16 arithmetic in the U-Net where the device has it")
+    # stage 1: the tree
+    latent_channels: int = setting(8, "channels of each z_i")
+    bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree")
+    representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4")
+    tree_width: int = setting(16, "channels of the first convolution of the encoder and the last of the decoders")
+    max_depth: int = setting(6, "depth the tree may reach")
+    max_leaves: int = setting(10, "leaves (clusters) the tree may reach")
+    tree_batch_size: int = setting(256, "images a step, all parameters")
+    subtree_batch_size: int = setting(256, "images a step while only a new split trains")
+    tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
+    tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)")
+    weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
+    initial_epochs: int = setting(8, "epochs of the root and its two leaves")
+    subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images")
+    intermediate_epochs: int = setting(2, "epochs of all parameters after every third split")
+    finetune_epochs: int = setting(8, "epochs of all parameters once the tree is grown and pruned")
+    kl_start: float = setting(0.1, "KL weight in a phase's first epoch, while the tree grows")
+    kl_start_all: float = setting(1.0, "the same in the intermediate and fine-tuning phases")
+    kl_per_epoch: float = setting(0.15, "what an epoch adds to it, up to 1")
+    balance: float = setting(50.0, "nats for lopsided decisions at the start of a split, falling to 0 at 70%% of its phase")
+    # stage 2: the diffusion model
+    unet_channels: int = setting(32, "channels of the U-Net at full size")
+    unet_multipliers: str = setting("1,2,2", "channels at each scale, in multiples of that; comma-separated")
+    unet_blocks: int = setting(1, "residual blocks a scale")
+    unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
+    dropout: float = setting(0.0, "dropout in the residual blocks")
+    timesteps: int = setting(1000, "T, steps of the noise schedule")
+    diffusion_epochs: int = setting(5, "epochs of stage 2; 0 trains only the tree")
+    diffusion_batch_size: int = setting(64, "images a step, stage 2")
+    diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
+    diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant")
+    warmup_steps: int = setting(200, "steps in which that rises linearly from 0")
+    grad_clip: float = setting(1.0, "largest norm of the gradient, stage 2")
+    ema_decay: float = setting(0.9999, "decay of the weights' moving average, reached through (1 + step) / (10 + step)")
+
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
+                  dropout=0.1, diffusion_batch_size=256, diffusion_lr=4e-4, warmup_steps=1000,
+                  initial_epochs=40, subtree_epochs=25, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.03),
+    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, tree_width=32, max_depth=7, max_leaves=10,
+                  tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
+                  subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
+                  kl_start_all=0.5, kl_per_epoch=0.001, balance=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
+                  unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
+                  diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
+}
+DATASET_DEFAULTS = {"shapes": dict(max_leaves=8)}
+QUICK = dict(max_images=1024, tree_batch_size=128, subtree_batch_size=64, diffusion_batch_size=64, initial_epochs=1, subtree_epochs=1, intermediate_epochs=1, finetune_epochs=1, diffusion_epochs=1, max_leaves=4,
+             unet_channels=16, warmup_steps=5)
+HOW_LONG = {"tiny": "about 10 minutes for shapes, 45 for fashion on 2 cores", "small": "not measured yet",
+            "paper": "hours on a GPU: some 2,000 epochs of stage 1 and 300 of stage 2"}
+
+
+def int_list(text):
+    """"16,8" -> [16, 8]; "" -> []. The form of the two settings that are lists."""
+    return [int(part) for part in text.split(",") if part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: everything in memory as uint8, on the training device; labels are for looking at results only
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Data(NamedTuple):
+    """images: (N, C, H, W) uint8; labels: (N,) long; each for training and for testing. classes: the labels' names."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list
+
+
+SHAPES = [f"{how} {what}" for how in ("filled", "outlined") for what in ("disc", "ellipse", "triangle", "cross")]
+
+
+def draw_shapes(n, seed):
+    """n grey 28 x 28 drawings and their classes: (n, 1, 28, 28) uint8, (n,) long.
+
+    The true tree: filled or outlined, then round (disc, ellipse) or angular (triangle, cross), then the shape itself.
+    Position, size, rotation, stroke and brightness vary, but less within a class than between classes.
+    """
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 8, n)
+    def vary(low, high):
+        return rng.uniform(low, high, (n, 1, 1))
+    y, x = np.mgrid[:28, :28] - 13.5
+    angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)
+    x, y = x - vary(-1, 1), y - vary(-1, 1)
+    u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
+    # signed distances to the outline, in pixels, negative inside
+    disc = np.hypot(u, v) - 8
+    ellipse = (np.hypot(u / 12, v / 5) - 1) * 6
+    triangle = np.maximum(np.abs(u) * 0.87 - v * 0.5, v) - 5.5
+    cross = np.minimum(np.maximum(np.abs(u) - 11, np.abs(v) - 3), np.maximum(np.abs(v) - 11, np.abs(u) - 3))
+    distance = np.choose((label % 4)[:, None, None], [disc, ellipse, triangle, cross])
+    outlined = (label >= 4)[:, None, None]
+    distance = np.where(outlined, np.abs(distance) - vary(1.0, 1.4), distance)
+    images = 255 * vary(0.85, 1) * np.clip(0.5 - distance, 0, 1)
+    return torch.from_numpy(images.astype(np.uint8))[:, None], torch.from_numpy(label)
+
+
+def load_data(config):
+    """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
+    if config.dataset == "shapes":
+        return Data(*draw_shapes(8000, seed=0), *draw_shapes(2000, seed=1), SHAPES)
+    kind = {"fashion": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[config.dataset]
+    folder = File(config.data_root) / kind.__name__
+    fresh = [p for p in [folder / "raw", folder, *folder.parents] if not p.exists()]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parts = [kind(config.data_root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError) as error:
+        for path in fresh:                                             # leave no half of a download behind
+            if path.is_dir():
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        fail(f"no {kind.__name__} in {config.data_root!r}, and downloading it failed ({str(error).splitlines()[0]}); "
+             "connect to the network once, or point --data-root at a folder that has it")
+    train, test = [(part.data[:, None], part.targets) for part in parts]
+    return Data(*train, *test, parts[0].classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: its folder, its files, its live line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write(path, save):
+    """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half."""
+    part = File(path).with_name(File(path).name + ".part")
+    with open(part, "wb") as file:
+        save(file)
+    os.replace(part, path)
+
+
+class Run:
+    """A run's folder and its `state`: all that goes on after an interruption, saved to checkpoint.pt every minute.
+
+    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
+    epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
+    """
+
+    def __init__(self, config, device, state=None):
+        self.config, self.device, self.folder = config, device, File(config.out)
+        self.state = state or dict(phase="initial", node=None, epoch=0, batch=0, seconds=0.0, log=[], frames=[])
+        self.saved = self.shown = time.monotonic()
+        self.started = self.saved - self.state["seconds"]
+
+    def save(self, **state):
+        """Update the state and write checkpoint.pt and log.csv."""
+        self.state.update(state, seconds=time.monotonic() - self.started, random=random_state(self.device))
+        rows = self.state["log"]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write(self.folder / "log.csv", lambda file: file.write(table.getvalue().encode()))
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(self.state, file))
+        self.saved = time.monotonic()
+
+    def say(self, text, last=False):
+        """The live line: redrawn twice a second on a terminal; in a log, at the end of a phase and once a minute."""
+        tty, now = sys.stdout.isatty(), time.monotonic()
+        if last or now - self.shown > (0.5 if tty else 60):
+            print(f"\r\033[K{text}" if tty else text, end="\n" if last or not tty else "", flush=True)
+            self.shown = now
+
+
+def random_state(device):
+    """The state of torch's generators, the CPU's and the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_state(states):
+    """Put back what `random_state` gave."""
+    for name, state in states.items():
+        torch.set_rng_state(state) if name == "cpu" else torch.get_device_module(name).set_rng_state(state)
+
+
+def clock(seconds):
+    """75 -> "1:15"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, title, weight_decay=0.0, grad_clip=None,
+                after_step=lambda: None, extra=None):
+    """The loop of every phase: epochs over `images` (uint8) with a fresh Adam; resumes in the middle of an epoch.
+
+    step_loss(x, epoch, progress) -> the scalar to minimise, {name: scalar} to log; x (B, C, H, W) in [0, 1], progress 0..1.
+    lr_at(epoch, step, n_steps) -> learning rate. extra: more networks to save with the checkpoint, {name: module}.
+    """
+    state, device = run.state, run.device
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1.0, weight_decay=weight_decay,
+                                 fused=device.type in ("cuda", "cpu"))
+    saved = {"network": network, "optimizer": optimizer, **(extra or {})}
+    if state.get("training"):                                          # resumed in the middle of this phase
+        for name, part in saved.items():
+            part.load_state_dict(state["training"][name])
+    batch_size = min(batch_size, len(images))
+    n_batches = len(images) // batch_size                              # what is left over joins another epoch's batches
+    sums, began, done = state.get("sums") or {}, time.monotonic(), 0
+
+    def checkpoint(epoch, batch):
+        parts = {name: part.state_dict() for name, part in saved.items()}
+        run.save(epoch=epoch, batch=batch, training=parts, sums={name: float(value) for name, value in sums.items()})
+
+    for epoch in range(state["epoch"], epochs):
+        shuffle = torch.Generator().manual_seed(1_000_003 * run.config.seed + len(state["log"]))   # the same when resumed
+        order = torch.randperm(len(images), generator=shuffle).to(device)
+        for batch in range(state["batch"], n_batches):
+            step = epoch * n_batches + batch
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(epoch, step, epochs * n_batches)
+            x = images[order[batch * batch_size:(batch + 1) * batch_size]].float() / 255
+            loss, terms = step_loss(x, epoch, step / (epochs * n_batches))
+            optimizer.zero_grad()
+            loss.backward()
+            if grad_clip:
+                nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+            optimizer.step()
+            after_step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+            done += 1
+            now = time.monotonic()
+            if now - run.shown > 0.5:
+                left = (now - began) / done * (epochs * n_batches - step - 1)
+                means = "  ".join(f"{name} {float(value) / (batch + 1):.4g}" for name, value in sums.items() if "P_" not in name)
+                run.say(f"{title}  epoch {epoch + 1}/{epochs}  {means}  {done * batch_size / (now - began):.0f} images/s  "
+                        f"{clock(left)} left in this phase")
+            if now - run.saved > 60:
+                checkpoint(epoch, batch + 1)
+        means = {name: float(value) / n_batches for name, value in sums.items()}
+        if not math.isfinite(sum(means.values())):
+            fail(f"the loss is not a number any more, in {title}, epoch {epoch + 1}; the last good state is in checkpoint.pt: "
+                 "try a lower learning rate or another --seed")
+        shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in means.items() if "P_" in name)
+        state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=state["phase"], node=state["node"],
+                                 epoch=epoch + 1, **{name: round(value, 5) for name, value in means.items() if "P_" not in name},
+                                 leaf_shares=shares))
+        sums.clear()
+        state["batch"] = 0
+    summary = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "P_" not in name)
+    run.say(f"{clock(time.monotonic() - run.started)}  {title}, {epochs} epochs: {summary}", last=True)
+
+
+def decayed(lr, how, progress, epoch):
+    """The learning rate lr after a share `progress` of its phase: cosine to 0, x0.1 every 100 epochs, or constant."""
+    return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[how]
+
+
+@torch.no_grad()
+def leaf_probs(tree, images):
+    """P(l; c) of all images (N, C, H, W) uint8: (N, n_leaves). The tree must be in eval mode."""
+    return torch.cat([tree.leaf_probs(x.float() / 255) for x in images.split(2000)])
+
+
+def next_phase(tree, images, config, phase):
+    """The algorithm of stage 1: what follows the phase that just ended. Grows or prunes the tree on the way.
+
+    -> phase, the leaf being split, the (N,) mask of its images; the last two are None if everything trains.
+    """
+    tree.eval()
+    if phase == "finetune":
+        return "diffusion", None, None
+    splits = (len(tree.parents) - 3) // 2
+    if phase == "grow" and splits % 3 == 0 and config.intermediate_epochs:
+        return "intermediate", None, None
+    probs = leaf_probs(tree, images)
+    sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
+    if (sizes >= 0.01 * len(images)).sum() < config.max_leaves:         # leaves that pruning would take do not count
+        split = tree.next_split(probs, min_images=config.tree_batch_size)
+        if split:
+            tree.grow(split[0])
+            return "grow", *split
+    while (leaf := tree.next_prune(leaf_probs(tree, images))) is not None:
+        tree.prune(leaf)
+    return "finetune", None, None
+
+
+def train_tree(run, tree, data):
+    """Stage 1: initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
+    config, state = run.config, run.state
+    epochs_of = dict(initial=config.initial_epochs, grow=config.subtree_epochs, intermediate=config.intermediate_epochs,
+                     finetune=config.finetune_epochs)
+    while (phase := state["phase"]) in epochs_of:
+        node, everything = state["node"], phase != "grow"
+        tree.train_only(node)
+        kl_start = config.kl_start if phase in ("initial", "grow") else config.kl_start_all
+        balance = config.balance if phase in ("initial", "grow") else 0.0
+
+        def step_loss(x, epoch, progress):
+            kl_weight = min(1.0, kl_start + config.kl_per_epoch * epoch)
+            return tree.loss(x, kl_weight, balance * max(0.0, 1 - progress / 0.7), below=node)
+
+        train_phase(run, step_loss, tree, data.images if everything else data.images[state["mask"].to(run.device)],
+                    epochs_of[phase], config.tree_batch_size if everything else config.subtree_batch_size,
+                    lambda epoch, step, n: decayed(config.tree_lr, config.tree_lr_decay, step / n, epoch),
+                    phase + ("" if everything else f" {node}"), weight_decay=config.weight_decay)
+        state["frames"].append(dict(picture_of(tree, data.images), title=phase + ("" if everything else f": node {node} was split")))
+        phase, node, mask = next_phase(tree, data.images, config, phase)
+        run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), epoch=0, batch=0, training=None,
+                 parents=list(tree.parents), tree=tree.state_dict())
+
+
+def build_tree(config, image_shape, parents=(-1, 0, 0)):
+    """The TreeVAE of a config."""
+    return TreeVAE(image_shape, "bernoulli" if image_shape[0] == 1 else "gaussian", config.latent_channels,
+                   config.bottom_up_channels, config.representation_dim, config.max_depth, config.tree_width, parents)
+
+
+def build_denoiser(config, tree):
+    """The networks of stage 2: {"unet", "path_encoder"}."""
+    unet = UNet(tree.image_shape, config.unet_channels, int_list(config.unet_multipliers), config.unet_blocks,
+                int_list(config.unet_attention), config.dropout)
+    return nn.ModuleDict({"unet": unet, "path_encoder": PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim)})
+
+
+def autocast(config, device):
+    """bfloat16 where the device computes with it, else nothing."""
+    able = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and able)
+
+
+def train_diffusion(run, tree, data):
+    """Stage 2: the tree is frozen; the U-Net and the path encoder learn to denoise each image given its sampled path."""
+    config, device = run.config, run.device
+    tree.requires_grad_(False).eval()
+    diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree).to(device)
+
+    def average(averages, parameters, n):                              # a decay of 0.9999 at once would keep the first weights
+        decay = min(config.ema_decay, (1 + float(n)) / (10 + float(n)))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+    ema = AveragedModel(networks, multi_avg_fn=average)
+
+    def step_loss(x, epoch, progress):
+        with torch.no_grad():
+            path = tree.infer_path(x)                                  # one leaf sampled from P(l; c), and its z: eq. (6)
+        with autocast(config, device):
+            loss = diffusion.loss(networks["unet"], 2 * x - 1, networks["path_encoder"](*path))       # eq. (30)
+        return loss, {"loss": loss}
+
+    train_phase(run, step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
+                lambda epoch, step, n: min(1, (step + 1) / config.warmup_steps) * decayed(
+                    config.diffusion_lr, config.diffusion_lr_decay, step / n, epoch),
+                "diffusion", grad_clip=config.grad_clip, after_step=lambda: ema.update_parameters(networks), extra={"ema": ema})
+    write(run.folder / "diffusion.pt", lambda file: torch.save(ema.module.state_dict(), file))
+    run.save(phase="done", training=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def picture_of(tree, images):
+    """A frame of the growing tree: its parents, leaves, their share of the images, and what each leaf's decoder draws."""
+    tree.eval()
+    sizes = torch.bincount(leaf_probs(tree, images[:10000]).argmax(1), minlength=len(tree.leaves))
+    drawn = [tree.decode(tree.sample_path(64, leaf)).mean(0) for leaf in tree.leaves]
+    return dict(parents=list(tree.parents), leaves=tree.leaves, shares=(sizes / sizes.sum()).tolist(),
+                images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
+
+
+def draw_tree(ax, parents, leaves, shares, images):
+    """Draw a tree with its leaves' images (L, n, C, H, W) uint8, n below one another, and their shares of the data.
+
+    -> the y below which nothing is drawn yet; leaf k is at x = k and 1 wide, the axes are in the same unit up and down.
+    """
+    place = {leaf: (column, 0.0) for column, leaf in enumerate(leaves)}
+    for i in reversed(range(len(parents))):                            # children before parents: ids grow downwards
+        below = [place[j] for j, parent in enumerate(parents) if parent == i and j in place]
+        if below:
+            place[i] = (sum(x for x, _ in below) / len(below), max(y for _, y in below) + 0.6)
+    for i, (x, y) in place.items():
+        if i:
+            up_x, up_y = place[parents[i]]
+            ax.plot([up_x, x, x], [up_y, up_y, y], color="0.6", lw=1, zorder=1)
+        if i not in leaves:
+            ax.text(x, y, i, ha="center", va="center", fontsize=6, zorder=2, bbox=dict(boxstyle="circle", fc="white", ec="0.5"))
+    for column, leaf in enumerate(leaves):
+        for row, image in enumerate(images[column]):
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3), extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03), zorder=3)
+        ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
+    bottom = -row - 1.75
+    ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
+    ax.axis("off")
+    return bottom
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, atomically, and close it."""
+    write(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight", facecolor="white"))
+    plt.close(figure)
+
+
+def draw_training(run):
+    """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
+    rows = run.state["log"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    tree_rows = [row for row in rows if "elbo" in row]
+    everything = [row["phase"] != "grow" for row in tree_rows]
+    for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
+        for name in names:
+            ax.plot([row[name] if all_of_it else math.nan for row, all_of_it in zip(tree_rows, everything)], ".-", label=name)
+        for k, row in enumerate(tree_rows):
+            if row["phase"] == "grow":
+                ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
+        ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
+        ax.legend()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    axes[2].plot(range(1, len(losses) + 1), losses, ".-")
+    axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
+    save_figure(figure, run.folder / "curves.png")
+
+    frames = run.state["frames"]
+    columns = 4
+    lines = math.ceil(len(frames) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(15, 2.6 * lines), layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for k, (ax, frame) in enumerate(zip(axes.flat, frames)):
+        ax.set_title(frame["title"], fontsize=9)
+        draw_tree(ax, **{name: value for name, value in frame.items() if name != "title"})
+    save_figure(figure, run.folder / "growth.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line to a finished run, and back from a folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_flags(argv):
+    """argv -> Config of an unstarted run, --resume, --quick. Order: preset, data set, --quick, then what was typed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
+    parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
+    for f in fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        choices = dict(dataset=["shapes", "fashion", "mnist"], preset=["auto", *PRESETS], device=["auto", "cuda", "mps", "cpu"],
+                       tree_lr_decay=["cosine", "step"], diffusion_lr_decay=["cosine", "constant"]).get(f.name)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool or f.type == "bool" else dict(
+            type={"int": int, "float": float, "str": str}.get(f.type, f.type), choices=choices)
+        default = "" if f.type in (bool, "bool") else f" (default: {f.default if f.default != '' else 'empty'})"
+        parser.add_argument(flag, default=None, help=f.metadata["help"] + default, **kind)
+    flags = vars(parser.parse_args(argv))
+    resume, quick = flags.pop("resume"), flags.pop("quick")
+    typed = {name: value for name, value in flags.items() if value is not None}
+    dataset = typed.get("dataset", "shapes")
+    typed.setdefault("out", f"runs/{dataset}")
+    preset = typed.pop("preset", "auto")
+    if preset == "auto":
+        preset = "small" if torch.cuda.is_available() else "tiny"
+    defaults = PRESETS[preset] | DATASET_DEFAULTS.get(dataset, {}) | (QUICK if quick else {})
+    return Config(**(defaults | typed | dict(preset=preset + (" --quick" if quick else "")))), resume
+
+
+def load_checkpoint(path, device):
+    """A file written by torch.save, tensors and plain values only; a clear failure if it is missing or damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is missing: this run has not come that far; go on with python train.py --resume")
+    except Exception as error:                                         # a damaged file shows itself in many ways
+        fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours; train again, or put back a copy")
+
+
+def load_config(folder):
+    """config.json of a run's folder -> Config; a clear failure if there is none or it is not one of ours."""
+    path = File(folder) / "config.json"
+    try:
+        config = Config(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        fail(f"there is no run in {str(folder)!r} (no config.json); train one with python train.py --out {folder}")
+    except (ValueError, TypeError, OSError) as error:
+        fail(f"{path} is not a run's settings: {error}")
+    config.out = str(folder)
+    return config
+
+
+def pick_device(name):
+    """The named device, or the first there is of cuda, mps, cpu."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name != "auto" and not there[name]:
+        fail(f"there is no {name} device here; use --device {[n for n, yes in there.items() if yes][0]}, or leave it out")
+    torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
+    torch.backends.cudnn.benchmark = True
+    return torch.device(name if name != "auto" else [n for n, yes in there.items() if yes][0])
+
+
+def load_run(folder, device="auto", need_diffusion=True):
+    """A trained run -> (config, device, data, tree, networks), in eval mode; networks is None where there is no stage 2."""
+    config = load_config(folder)
+    device, data = pick_device(device), load_data(config)
+    saved = load_checkpoint(File(folder) / "tree.pt", device)
+    networks = None
+    try:
+        tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"]).to(device)
+        tree.load_state_dict(saved["state_dict"])
+        if need_diffusion:
+            networks = build_denoiser(config, tree).to(device)
+            networks.load_state_dict(load_checkpoint(File(folder) / "diffusion.pt", device))
+            networks.requires_grad_(False).eval()
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        fail(f"the weights in {folder} do not fit its config.json ({str(error).splitlines()[0]})")
+    return config, device, data, tree.requires_grad_(False).eval(), networks
+
+
+def main(argv=None):
+    """The recipe: settings, folder, data, stage 1, stage 2, pictures."""
+    config, resume = parse_flags(argv)
+    folder, state = File(config.out), None
+    if resume:
+        config = load_config(folder)
+    elif (folder / "config.json").exists() and not load_config(folder).preset.endswith("--quick"):
+        fail(f"{folder} holds a run already: go on with it by --resume, choose another folder by --out, or delete it")
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    data = load_data(config)
+    print(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset} on "
+          f"{device} ({torch.get_num_threads()} threads); into {folder}\n"
+          f"should take {HOW_LONG.get(config.preset, 'less than a minute')}", flush=True)
+    if resume:
+        state = load_checkpoint(folder / "checkpoint.pt", "cpu")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in ("checkpoint.pt", "tree.pt", "diffusion.pt", "log.csv"):
+                (folder / old).unlink(missing_ok=True)
+            write(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
+        except OSError as error:
+            fail(f"the run's folder cannot be written: {error}")
+    data = data._replace(images=data.images[:config.max_images or None].to(device))
+    run = Run(config, device, state)
+    tree = build_tree(config, tuple(data.images.shape[1:]), run.state.get("parents", (-1, 0, 0))).to(device)
+    if state is not None:
+        tree.load_state_dict(state["tree"])
+        set_random_state(state["random"])
+    else:
+        run.save(parents=list(tree.parents), tree=tree.state_dict(), training=None)
+
+    train_tree(run, tree, data)
+    write(folder / "tree.pt", lambda file: torch.save({"parents": tree.parents, "state_dict": tree.state_dict()}, file))
+    if run.state["phase"] == "diffusion" and config.diffusion_epochs:
+        train_diffusion(run, tree, data)
+    draw_training(run)
+    sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves))
+    print("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes.tolist()))
+          + f"\ndone in {clock(time.monotonic() - run.started)}; now: python sample.py {folder} and python metrics.py {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; go on with --resume", file=sys.stderr)
+        raise SystemExit(130)

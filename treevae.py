@@ -1,0 +1,535 @@
+"""TreeVAE: a variational autoencoder whose latent variables form a binary tree, learnt without labels.
+
+This is stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper, equations (1), (2) and (7)-(21).
+
+An image x walks from the root to a leaf. At each internal node a *router* says how likely it goes left, so every leaf l
+is reached with a probability P(l; c); the leaves are the clusters. Each node i on the way carries a latent map z_i, and
+each leaf has a decoder of its own, which draws the image from z_l.
+
+          inference, bottom-up                  generation, top-down
+          x --encoder--> d_H -> ... -> d_0      z_0 ~ N(0, I)                           eqs. (12); (7)
+          d_0 -> q(z_0 | x), q(c_0 | x)         router p(c_0 | z_0)                     eqs. (16), (18); (9)
+          d_1 -> q(z_1 | z_0, x), ...           transformations z_0 -> z_1, z_0 -> z_2  eqs. (13)-(15), (17); (8)
+                                                decoders z_1 -> x, z_2 -> x             eq. (11)
+
+In: images (B, C, H, W) in [0, 1]. Out: the terms of the ELBO in nats an image, leaf probabilities, and *paths*: the z of
+every node from the root to one leaf, which stage 2 turns into its conditioning.
+
+Read the networks first, then `TreeVAE` from top to bottom: the tree, inference, the ELBO, generation, growing and
+pruning. Index p belongs to the generative model (theta in the paper), q to the inference model (phi).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PRUNED = -2  # stands for the parent of a node that was pruned; its id is never used again
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution of z: mean and variance, both (B, latent_channels, r, r)."""
+    mu: torch.Tensor
+    var: torch.Tensor
+
+    def sample(self):
+        """One reparametrised sample, (B, latent_channels, r, r)."""
+        return self.mu + self.var.sqrt() * torch.randn_like(self.mu)
+
+    def log_prob(self, z):
+        """log N(z; mu, var) in nats, summed over the dimensions of z: (B,)."""
+        return -0.5 * ((z - self.mu) ** 2 / self.var + self.var.log() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def kl(self, other):
+        """KL(self || other) in nats, summed over the dimensions of z: (B,)."""
+        ratio = (self.var + (self.mu - other.mu) ** 2) / other.var
+        return 0.5 * (ratio - 1 + other.var.log() - self.var.log()).flatten(1).sum(1)
+
+    def times(self, other):
+        """The product of two normal densities, normalised; eq. (15) with its fractions cleared.
+
+        Precisions add up and the means are weighted by them, so a variance near 0 needs no division by it.
+        """
+        total = self.var + other.var
+        return Gaussian((self.mu * other.var + other.mu * self.var) / total, self.var * other.var / total)
+
+
+class Path(NamedTuple):
+    """The paths of B images from the root to one leaf each; D is the number of nodes on the longest path of the tree.
+
+    z:     (B, D, latent_channels, r, r)  the latents, root first; zero where a path is shorter
+    nodes: (B, D) long                    the node ids, root first; -1 where a path is shorter. Ids rise along a path, so
+                                          `nodes.amax(1)` is the leaf.
+    """
+    z: torch.Tensor
+    nodes: torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks. All latent maps are r x r; at r = 1 each convolution among them is a linear layer, and the model is the
+# vector form of the original TreeVAE.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def block(c_in, c_out, kernel=1, conv=nn.Conv2d, **kwargs):
+    """Convolution, batch norm, activation: what every network here is made of.
+
+    Batch norm is more than speed in the routers: it centres what the logit is made from, so that a fresh router starts
+    by dividing its images. With group norm the first router sent all images to one side within an epoch.
+    """
+    return nn.Sequential(conv(c_in, c_out, kernel, **kwargs), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
+
+
+def map_sides(side):
+    """The sides of the feature maps between the image, cut in patches of 4 x 4, and 4 x 4: 28 -> [7, 4], 64 -> [16, 8, 4]."""
+    sides = [side // 4]
+    while sides[-1] > 4:
+        sides.append((sides[-1] + 1) // 2)
+    if side % 4 or sides[-1] != 4:
+        raise ValueError(f"an image of side {side} does not halve down to 4; resize it to 28, 32 or 64")
+    return sides
+
+
+class Encoder(nn.Module):
+    """x (B, C, H, W) -> d_H (B, channels, r, r), where eq. (12) begins.
+
+    A small CNN: one convolution looks at the image in overlapping patches and strides over 4 pixels, so that nothing is
+    ever computed at full size; others halve the map down to 4 x 4; the last one makes it r x r.
+    """
+
+    def __init__(self, image_shape, width, channels, r):
+        super().__init__()
+        halvings = len(map_sides(image_shape[-1])) - 1
+        widths = [width] + [2 * width] * halvings
+        self.net = nn.Sequential(
+            block(image_shape[0], width, 8, stride=4, padding=2),
+            *[block(widths[k], widths[k + 1], 3, stride=2, padding=1) for k in range(halvings)],
+            block(widths[-1], channels, 4 // r, stride=4 // r))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Decoder(nn.Module):
+    """z_l (B, channels, r, r) -> (B, C, H, W), mu_x of eq. (11) before its last activation. The encoder's mirror image:
+    the last convolution makes the 4 x 4 pixels of each patch as channels, and PixelShuffle lays them out.
+    """
+
+    def __init__(self, image_shape, width, channels, r):
+        super().__init__()
+        sides = map_sides(image_shape[-1])[::-1]                               # [4, 7]
+        widths = [2 * width] * (len(sides) - 1) + [width]
+        layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
+        for k in range(len(sides) - 1):
+            odd = sides[k + 1] - (2 * sides[k] - 1)                            # 0 for 4 -> 7, 1 for 4 -> 8
+            layers.append(block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd))
+        self.net = nn.Sequential(*layers, nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4))
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class ToGaussian(nn.Module):
+    """Features (B, c_in, r, r) -> a Gaussian of z: a linear mean, eq. (13), and the softplus of a linear variance, eq. (14)."""
+
+    def __init__(self, c_in, channels):
+        super().__init__()
+        self.linear = nn.Conv2d(c_in, 2 * channels, 1)
+
+    def forward(self, h):
+        mu, raw_var = self.linear(h).float().chunk(2, 1)
+        return Gaussian(mu, F.softplus(raw_var))
+
+
+class Router(nn.Module):
+    """Features (B, c_in, r, r) -> (B,) the logit of r_i, the probability of going left: eqs. (9), (18)."""
+
+    def __init__(self, c_in, hidden, r, kernel):
+        super().__init__()
+        self.net = nn.Sequential(block(c_in, hidden, kernel, padding=kernel // 2), nn.Flatten(), nn.Linear(hidden * r * r, 1))
+
+    def forward(self, h):
+        return self.net(h).float().squeeze(1)
+
+
+class Node(nn.Module):
+    """The networks of one node. Which of them it has depends on its place in the tree: see `TreeVAE._equip`."""
+
+    def __init__(self):
+        super().__init__()
+        self.evidence = None         # d -> what the image says of z_i, eqs. (13), (14); every node
+        self.transformation = None   # z_pa(i) -> p(z_i | z_pa(i)), eq. (8); every node but the root
+        self.router_p = None         # z_i -> p(c_i | z_i), eq. (9); nodes with two children
+        self.router_q = None         # d -> q(c_i | x), eq. (18); the same
+        self.decoder = None          # z_i -> p(x | z_i), eq. (11); leaves
+
+
+class Visit(NamedTuple):
+    """What a walk down the tree finds at one node, for all B images."""
+    node: int
+    z: torch.Tensor            # (B, latent_channels, r, r)  a sample of q
+    q: Gaussian                # q(z_i | z_pa(i), x), eqs. (16), (17)
+    p: Gaussian                # p(z_i | z_pa(i)), eqs. (7), (8)
+    logit_q: torch.Tensor      # (B,) logit of q(c_i = 0 | x), eq. (18); None where there is no decision
+    logit_p: torch.Tensor      # (B,) logit of p(c_i = 0 | z_i), eq. (9); the same
+    log_reach_q: torch.Tensor  # (B,) log P(i; c), the probability under q that x reaches node i
+    log_reach_p: torch.Tensor  # (B,) the same under the generative routers
+
+
+class TreeVAE(nn.Module):
+    """A tree of latent variables, eqs. (1) and (2), with the networks of its nodes.
+
+    image_shape: (C, H, W), H = W = 28, 32 or 64.       likelihood: "bernoulli" for grey images, "gaussian" (sigma = 1).
+    latent_channels, representation_dim: z_i is (latent_channels, r, r), r = representation_dim in {1, 2, 4}.
+    bottom_up_channels: channels of d_h, and the hidden width of the nodes' networks.
+    max_depth: H, the depth the tree may grow to.       width: channels of the convolutions next to the image.
+    parents: the tree to build, by default a root with two leaves.
+
+    `parents[i]` is the id of node i's parent, -1 at the root, PRUNED (-2) once node i is gone. An id is the order of
+    creation: it never changes and is never used again, and a child's is larger than its parent's. Of two children the
+    one with the smaller id is the left one. Batch norm wants `.eval()` for everything but training.
+    """
+
+    def __init__(self, image_shape, likelihood="bernoulli", latent_channels=16, bottom_up_channels=32,
+                 representation_dim=4, max_depth=7, width=32, parents=(-1, 0, 0)):
+        super().__init__()
+        if likelihood not in ("bernoulli", "gaussian") or representation_dim not in (1, 2, 4):
+            raise ValueError(f"no likelihood {likelihood!r} with representation_dim {representation_dim}: "
+                             "use bernoulli or gaussian, and 1, 2 or 4")
+        r = representation_dim
+        self.image_shape, self.likelihood, self.max_depth = tuple(image_shape), likelihood, max_depth
+        self.latent_shape, self.hidden, self.width = (latent_channels, r, r), bottom_up_channels, width
+        self.kernel = 3 if r > 1 else 1
+        self.encoder = Encoder(image_shape, width, self.hidden, r)
+        self.bottom_up = nn.ModuleList([self._hidden_block(self.hidden) for _ in range(max_depth)])   # MLP_h, h = 0..H-1
+        self.parents = list(parents)
+        self.nodes = nn.ModuleList([Node() for _ in parents])
+        for i in self.ids:
+            self._equip(i)
+
+    # -- the tree -----------------------------------------------------------------------------------------------------
+
+    @property
+    def ids(self):
+        """The ids of all nodes in the tree, parents before children."""
+        return [i for i, parent in enumerate(self.parents) if parent != PRUNED]
+
+    @property
+    def leaves(self):
+        """The leaves' ids, left to right: the columns of `leaf_probs`."""
+        def below(i):
+            return [leaf for child in self.children_of(i) for leaf in below(child)] or [i]
+        return below(0)
+
+    def children_of(self, i):
+        """The ids of node i's children, left to right: two; none for a leaf; one where pruning took the other."""
+        return [j for j, parent in enumerate(self.parents) if parent == i]
+
+    def path_to(self, i):
+        """The ids from the root to node i, both included: P_i."""
+        return ([] if i == 0 else self.path_to(self.parents[i])) + [i]
+
+    def depth(self, i):
+        """The depth of node i; 0 at the root."""
+        return len(self.path_to(i)) - 1
+
+    def _hidden_block(self, c_in):
+        return block(c_in, self.hidden, self.kernel, padding=self.kernel // 2)
+
+    def _equip(self, i):
+        """Give node i the networks that its place asks for and take those that it does not; others stay as they are."""
+        node, (c, r, _), n_children = self.nodes[i], self.latent_shape, len(self.children_of(i))
+        device = next(self.encoder.parameters()).device
+        def make(name, wanted, build):
+            if not wanted:
+                setattr(node, name, None)
+            elif getattr(node, name) is None:
+                setattr(node, name, build().to(device))
+        make("evidence", True, lambda: ToGaussian(self.hidden, c))
+        make("transformation", i != 0, lambda: nn.Sequential(self._hidden_block(c), ToGaussian(self.hidden, c)))
+        make("router_p", n_children == 2, lambda: Router(c, self.hidden, r, self.kernel))
+        make("router_q", n_children == 2, lambda: Router(self.hidden, self.hidden, r, self.kernel))
+        make("decoder", n_children == 0, lambda: Decoder(self.image_shape, self.width, c, r))
+
+    # -- inference ----------------------------------------------------------------------------------------------------
+
+    def bottom_up_pass(self, x):
+        """Eq. (12): images -> [d_0, ..., d_H], each (B, bottom_up_channels, r, r); a node of depth h sees d_h."""
+        d = [self.encoder(x)]
+        for mlp in reversed(self.bottom_up):
+            d.append(mlp(d[-1]))
+        return d[::-1]
+
+    def _children_reach(self, i, log_reach, logit):
+        """log P of node i's children from its own: + log r_i to the left, + log(1 - r_i) to the right. {id: (B,)}"""
+        children = self.children_of(i)
+        if len(children) < 2:
+            return {child: log_reach for child in children}
+        return {children[0]: log_reach + F.logsigmoid(logit), children[1]: log_reach + F.logsigmoid(-logit)}
+
+    def _leaf_probs(self, d):
+        log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
+        for i in self.ids:
+            router = self.nodes[i].router_q
+            log_reach |= self._children_reach(i, log_reach[i], router and router(d[self.depth(i)]))
+        return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
+
+    def leaf_probs(self, x):
+        """P(l; c) of every leaf, left to right: (B, n_leaves), rows sum to 1. Eqs. (12) and (18) only: no z, no decoder."""
+        return self._leaf_probs(self.bottom_up_pass(x))
+
+    def walk(self, d, below=None):
+        """One Monte Carlo walk over the tree: visits nodes, parents first, samples every z and no decision.
+
+        d: from `bottom_up_pass`. below: visit only the nodes on the path to this one, and those under it.
+        """
+        ids = self.ids if below is None else [i for i in self.ids if below in self.path_to(i) or i in self.path_to(below)]
+        z, start = {}, torch.zeros(len(d[0]), device=d[0].device)
+        log_reach_q, log_reach_p = {0: start}, {0: start}
+        for i in ids:
+            node, d_i = self.nodes[i], d[self.depth(i)]
+            q = node.evidence(d_i)                                             # eqs. (13), (14)
+            if i == 0:
+                p = Gaussian(torch.zeros_like(q.mu), torch.ones_like(q.var))   # eq. (7); q is eq. (16) as it stands
+            else:
+                p = node.transformation(z[self.parents[i]])                    # eq. (8)
+                q = q.times(p)                                                 # eqs. (15), (17)
+            z[i] = q.sample()
+            logit_q = node.router_q and node.router_q(d_i)                     # eq. (18)
+            logit_p = node.router_p and node.router_p(z[i])                    # eq. (9)
+            log_reach_q |= self._children_reach(i, log_reach_q[i], logit_q)
+            log_reach_p |= self._children_reach(i, log_reach_p[i], logit_p)
+            yield Visit(i, z[i], q, p, logit_q, logit_p, log_reach_q[i], log_reach_p[i])
+
+    # -- the ELBO -----------------------------------------------------------------------------------------------------
+
+    def log_p_x(self, leaf, z, x):
+        """log p(x | z_l), eq. (11), summed over pixels and channels: (B,) nats."""
+        out = self.nodes[leaf].decoder(z).float()
+        if self.likelihood == "bernoulli":
+            return -F.binary_cross_entropy_with_logits(out, x, reduction="none").flatten(1).sum(1)
+        return Gaussian(out, torch.ones_like(out)).log_prob(x)
+
+    def elbo(self, x, below=None):
+        """L(x | T), eq. (21), by one sample of the tree: dict of (B,) tensors in nats.
+
+        "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". Each node's terms are weighted by P(i; c):
+        they are expectations over the decisions, taken exactly, because a node matters as often as it is reached.
+        below: only the terms of the nodes on the path to this node and under it, as growing needs them.
+        """
+        return self._elbo(x, self.walk(self.bottom_up_pass(x), below))
+
+    def _elbo(self, x, visits):
+        reconstruction = kl_root = kl_nodes = kl_decisions = torch.zeros(len(x), device=x.device)
+        for v in visits:
+            reach = v.log_reach_q.exp()                                        # P(i; c)
+            if v.node == 0:
+                kl_root = v.q.kl(v.p)
+            else:
+                kl_nodes = kl_nodes + reach * v.q.kl(v.p)
+            if v.logit_q is not None:
+                left, right = F.logsigmoid(v.logit_q), F.logsigmoid(-v.logit_q)                  # log q(c_i | x)
+                left_p, right_p = F.logsigmoid(v.logit_p), F.logsigmoid(-v.logit_p)              # log p(c_i | z_i)
+                kl_decisions = kl_decisions + reach * (left.exp() * (left - left_p) + right.exp() * (right - right_p))
+            if self.nodes[v.node].decoder is not None:
+                reconstruction = reconstruction + reach * self.log_p_x(v.node, v.z, x)
+        return {"elbo": reconstruction - kl_root - kl_nodes - kl_decisions, "reconstruction": reconstruction,
+                "kl_root": kl_root, "kl_nodes": kl_nodes, "kl_decisions": kl_decisions}
+
+    def loss(self, x, kl_weight=1.0, balance_weight=0.0, below=None):
+        """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
+
+        -E[log p(x | z)] + kl_weight * (the three KL) + balance_weight * `imbalance`. The means are those of `elbo`'s terms
+        and, as "P_3", of P(l; c) of leaf 3.
+        """
+        visits = list(self.walk(self.bottom_up_pass(x), below))
+        means = {name: term.mean() for name, term in self._elbo(x, visits).items()}
+        loss = kl_weight * (means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]) - means["reconstruction"]
+        if balance_weight > 0:
+            loss = loss + balance_weight * imbalance(visits)
+        means |= {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if v.logit_q is None}
+        return loss, means
+
+    @torch.no_grad()
+    def log_likelihood(self, x, n_samples=1000, chunk=10):
+        """A bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats. `chunk` samples of the tree are held at a time.
+
+        log (1/K) sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l): the leaves are summed exactly, only
+        z is sampled, so the estimate of p(x) inside the log is unbiased and the bound rises with K.
+        """
+        d, chunks = self.bottom_up_pass(x), []
+        for start in range(0, n_samples, chunk):
+            k = min(chunk, n_samples - start)
+            many_x, log_ratio, leaves = x.repeat(k, 1, 1, 1), {-1: 0.0}, []
+            for v in self.walk([h.repeat(k, 1, 1, 1) for h in d]):
+                log_ratio[v.node] = log_ratio[self.parents[v.node]] + v.p.log_prob(v.z) - v.q.log_prob(v.z)
+                if self.nodes[v.node].decoder is not None:
+                    leaves.append(log_ratio[v.node] + v.log_reach_p + self.log_p_x(v.node, v.z, many_x))
+            chunks.append(torch.logsumexp(torch.stack(leaves), 0).view(k, -1))
+        return torch.logsumexp(torch.cat(chunks), 0) - math.log(n_samples)
+
+    # -- paths and images ---------------------------------------------------------------------------------------------
+
+    def _empty_path(self, nodes):
+        return Path(torch.zeros(*nodes.shape, *self.latent_shape, device=nodes.device), nodes)
+
+    def infer_path(self, x, leaf=None):
+        """A sample of eq. (2) given x: the z of every node on the path to `leaf`. -> Path
+
+        leaf: (B,) long, a column of `leaf_probs`; if None, each image's is sampled from P(l; c). An image's z is computed
+        at the nodes of its own path only.
+        """
+        d = self.bottom_up_pass(x)
+        if leaf is None:
+            leaf = torch.multinomial(self._leaf_probs(d), 1).squeeze(1)
+        paths = [torch.tensor(self.path_to(i)) for i in self.leaves]
+        table = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1).to(x.device)    # (n_leaves, D)
+        path = self._empty_path(table[leaf])
+        for i in self.ids:
+            h = self.depth(i)
+            rows = (path.nodes[:, h] == i).nonzero().squeeze(1)                # the images whose path has node i
+            if len(rows):
+                q = self.nodes[i].evidence(d[h][rows])
+                path.z[rows, h] = (q.times(self.nodes[i].transformation(path.z[rows, h - 1])) if i else q).sample()
+        return path
+
+    def sample_path(self, n, node=None, z_root=None):
+        """A sample of eqs. (1) and (10): n new paths from the prior. -> Path
+
+        z_0 ~ N(0, I) or the given z_root (n, latent_channels, r, r); the generative routers choose the way, the
+        transformations give the z. node: all paths are made to pass through this node, whatever the routers say above it.
+        """
+        D = 1 + max(self.depth(leaf) for leaf in self.leaves)
+        forced = self.path_to(node) if node is not None else [0]
+        nodes = torch.full((n, D), -1, device=next(self.parameters()).device)
+        nodes[:, 0] = 0
+        path = self._empty_path(nodes)
+        path.z[:, 0] = torch.randn_like(path.z[:, 0]) if z_root is None else z_root                  # eq. (7)
+        for i in self.ids:
+            h, children = self.depth(i), self.children_of(i)
+            rows = (nodes[:, h] == i).nonzero().squeeze(1)
+            if i and len(rows):
+                path.z[rows, h] = self.nodes[i].transformation(path.z[rows, h - 1]).sample()         # eq. (8)
+            if children and len(rows):
+                if h + 1 < len(forced):
+                    nodes[rows, h + 1] = forced[h + 1]
+                elif len(children) == 1:
+                    nodes[rows, h + 1] = children[0]
+                else:                                                                                # eq. (9)
+                    left = torch.rand(len(rows), device=nodes.device) < self.nodes[i].router_p(path.z[rows, h]).sigmoid()
+                    nodes[rows, h + 1] = torch.where(left, children[0], children[1])
+        return path
+
+    def decode(self, path):
+        """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1]."""
+        images = torch.zeros(len(path.z), *self.image_shape, device=path.z.device)
+        for leaf in self.leaves:
+            h = self.depth(leaf)
+            rows = (path.nodes[:, h] == leaf).nonzero().squeeze(1) if h < path.nodes.shape[1] else []
+            if len(rows):
+                out = self.nodes[leaf].decoder(path.z[rows, h]).float()
+                images[rows] = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
+        return images
+
+    # -- growing and pruning ------------------------------------------------------------------------------------------
+
+    def next_split(self, probs, min_images):
+        """The growth rule: which leaf to split. -> (leaf id, (N,) bool mask of its images), or None if none can be.
+
+        probs: (N, n_leaves) of `leaf_probs` on the training images. A leaf has the images with P(l; c) >= min(1/#leaves,
+        1/2); the one with the most is split, unless it has fewer than min_images or lies at max_depth.
+        """
+        leaves = self.leaves
+        has = probs >= min(1 / len(leaves), 0.5)
+        sizes = has.sum(0)
+        for column in sizes.argsort(descending=True, stable=True).tolist():
+            if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
+                return leaves[column], has[:, column]
+        return None
+
+    def next_prune(self, probs, share=0.01):
+        """The pruning rule: the id of the smallest leaf, if it is the most probable leaf of fewer than `share` of the images."""
+        sizes = torch.bincount(probs.argmax(1), minlength=len(self.leaves))
+        return self.leaves[sizes.argmin()] if sizes.min() < share * len(probs) else None
+
+    def grow(self, node_id):
+        """Split a leaf: it loses its decoder and gets a pair of routers and two leaves, whose ids are returned."""
+        if node_id not in self.leaves or self.depth(node_id) >= self.max_depth:
+            raise ValueError(f"node {node_id} cannot be split: the leaves are {self.leaves} and max_depth is {self.max_depth}")
+        self.parents += [node_id, node_id]
+        self.nodes.extend([Node(), Node()])
+        children = self.children_of(node_id)
+        for i in [node_id, *children]:
+            self._equip(i)
+        return children
+
+    def prune(self, node_id):
+        """Take a leaf away. Its parent stays, with one child and no router, so that no node's depth changes."""
+        if node_id not in self.leaves or node_id == 0:
+            raise ValueError(f"node {node_id} cannot be pruned: the leaves are {self.leaves}")
+        parent, self.parents[node_id] = self.parents[node_id], PRUNED
+        self.nodes[node_id] = Node()
+        if self.children_of(parent) or parent == 0:
+            self._equip(parent)
+        else:
+            self.prune(parent)                                                 # a parent left with no child goes too
+
+    def train_only(self, node=None):
+        """Training mode for everything, or, once `node` was split, for what growing added: its routers and its children.
+
+        Whatever is frozen is also in eval mode: batch norm must neither follow nor mix in the statistics of one leaf.
+        """
+        self.requires_grad_(node is None).train(node is None)
+        if node is not None:
+            split = self.nodes[node]
+            for module in [split.router_p, split.router_q] + [self.nodes[i] for i in self.children_of(node)]:
+                module.requires_grad_(True).train()
+
+
+def imbalance(visits):
+    """How far the decisions are from dividing the batch in two halves, in nats: 0 if all do, log 2 if the root's does not.
+
+    sum_i P(i) [log 2 - H(r_i)], where P(i) and r_i are the batch's mean probability of reaching node i and of going left
+    there. Not in the paper: an early push away from the router that sends everything one way, which never recovers.
+    """
+    total = 0.0
+    for v in visits:
+        if v.logit_q is not None:
+            log_reach = v.log_reach_q.detach()
+            for logit in (v.logit_q, -v.logit_q):                              # sum over c_i of r log r
+                log_share = torch.logsumexp(F.logsigmoid(logit) + log_reach, 0) - torch.logsumexp(log_reach, 0)
+                total = total + log_reach.exp().mean() * (math.log(2) / 2 + log_share.exp() * log_share)
+    return total
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    tree = TreeVAE((1, 28, 28), latent_channels=8, bottom_up_channels=32, representation_dim=1, max_depth=3, width=8)
+    x = torch.rand(64, 1, 28, 28)
+    print(f"A tree with parents {tree.parents}: a root and the leaves {tree.leaves}. 64 images x {tuple(x.shape)}.\n")
+    print("Inference. eq. (12): d_h, one map for each depth, from the encoder down to the root:")
+    print("  " + ", ".join(f"d_{h} {tuple(d.shape[1:])}" for h, d in enumerate(tree.bottom_up_pass(x))))
+    for v in tree.walk(tree.bottom_up_pass(x)):
+        print(f"  node {v.node}: z {tuple(v.z.shape[1:])}, reached with P(i; c) = {v.log_reach_q.exp().mean():.2f}, "
+              f"KL(q || p) = {v.q.kl(v.p).mean():.2f} nats" + (", decides" if v.logit_q is not None else ", decodes"))
+    print("\nThe ELBO, eq. (21), in nats an image, while 30 steps of Adam learn these 64 images by heart:")
+    optimizer = torch.optim.Adam(tree.parameters(), lr=3e-3)
+    for step in range(31):
+        loss, terms = tree.loss(x)
+        if step % 10 == 0:
+            print(f"  step {step:2d}: " + ", ".join(f"{name} {value.mean():8.2f}" for name, value in terms.items()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"\nGrowing: node 2 is split into {tree.grow(2)}; parents {tree.parents}, leaves {tree.leaves}.")
+    tree.train_only(2)
+    print(f"  trained now: {sum(p.numel() for p in tree.parameters() if p.requires_grad)} of "
+          f"{sum(p.numel() for p in tree.parameters())} parameters; the rest is frozen, in eval mode.")
+    tree.eval()
+    print(f"  P(l; c) of one image over the leaves: {[round(p, 3) for p in tree.leaf_probs(x[:1])[0].tolist()]}")
+    path = tree.sample_path(5)
+    print(f"\nGeneration: 5 paths from the prior, z {tuple(path.z.shape)}, nodes {path.nodes.tolist()};\n"
+          f"  decoded to images {tuple(tree.decode(path).shape)}.")
+    bound = tree.log_likelihood(x[:8], 100).mean()
+    print(f"\nlog p(x) of 8 images: at least {tree.elbo(x[:8])['elbo'].mean():.1f} (ELBO), at least {bound:.1f} (100 samples).")
