@@ -132,11 +132,13 @@ class Diffusion(nn.Module):
             x0, eps = self.predict(net, x, t, y, clip)
             if prev is None:                                       # the last jump lands on abar = 1: the image itself
                 return x0
-            abar, abar_prev = self.abar[step], self.abar[prev]
-            s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - abar / abar_prev)).sqrt()
-            x = abar_prev.sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).clamp(min=0).sqrt() * eps
-            if eta > 0:
-                x = x + s * torch.randn_like(x)
+            mean, s = self.ddim_jump(x0, eps, step, prev, eta)
+            x = mean + s * torch.randn_like(x) if eta > 0 else mean
+
+    def ddim_jump(self, x0, eps, step, prev, eta):
+        """One DDIM jump from time `step` to `prev`: the mean (B, C, H, W) and standard deviation of x_prev."""
+        s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - self.abar[step] / self.abar[prev])).sqrt()
+        return self.abar[prev].sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).sqrt() * eps, s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
