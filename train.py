@@ -68,7 +68,8 @@ class Config:
     latent_channels: int = setting(8, "channels of each z_i")
     bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree")
     representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4")
-    tree_width: int = setting(16, "channels of the first convolution of the encoder and the last of the decoders")
+    network: str = setting("mlp", "encoder and decoders of the tree: mlp (with r = 1), or cnn")
+    tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units")
     max_depth: int = setting(6, "depth the tree may reach")
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach")
     tree_batch_size: int = setting(256, "images a step, all parameters")
@@ -105,7 +106,7 @@ PRESETS = {
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
                   dropout=0.1, diffusion_batch_size=256, diffusion_lr=4e-4, warmup_steps=1000,
                   initial_epochs=40, subtree_epochs=25, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.03),
-    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, tree_width=32, max_depth=7, max_leaves=10,
+    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7, max_leaves=10,
                   tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
                   kl_start_all=0.5, kl_per_epoch=0.001, balance=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
@@ -381,7 +382,7 @@ def train_tree(run, tree, data):
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
     """The TreeVAE of a config."""
     return TreeVAE(image_shape, "bernoulli" if image_shape[0] == 1 else "gaussian", config.latent_channels,
-                   config.bottom_up_channels, config.representation_dim, config.max_depth, config.tree_width, parents)
+                   config.bottom_up_channels, config.representation_dim, config.max_depth, config.network, config.tree_width, parents)
 
 
 def build_denoiser(config, tree):
@@ -513,7 +514,7 @@ def parse_flags(argv):
     parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        choices = dict(dataset=["shapes", "fashion", "mnist"], preset=["auto", *PRESETS], device=["auto", "cuda", "mps", "cpu"],
+        choices = dict(dataset=["shapes", "fashion", "mnist"], preset=["auto", *PRESETS], device=["auto", "cuda", "mps", "cpu"], network=["mlp", "cnn"],
                        tree_lr_decay=["cosine", "step"], diffusion_lr_decay=["cosine", "constant"]).get(f.name)
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool or f.type == "bool" else dict(
             type={"int": int, "float": float, "str": str}.get(f.type, f.type), choices=choices)

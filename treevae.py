@@ -68,17 +68,31 @@ class Path(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The networks. All latent maps are r x r; at r = 1 each convolution among them is a linear layer, and the model is the
-# vector form of the original TreeVAE.
+# The networks. All latent maps are r x r; at r = 1 each convolution among them is a linear layer, and with an MLP as
+# encoder and decoders the model is the vector form of the original TreeVAE.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def block(c_in, c_out, kernel=1, conv=nn.Conv2d, **kwargs):
+class Conv(nn.Conv2d):
+    """A convolution that knows it is a linear layer where map and kernel are 1 x 1: 2.5 times faster there on a CPU."""
+
+    def forward(self, x):
+        if x.shape[2:] == self.kernel_size == (1, 1):
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        return super().forward(x)
+
+
+def block(c_in, c_out, kernel=1, conv=Conv, **kwargs):
     """Convolution, batch norm, activation: what every network here is made of.
 
     Batch norm is more than speed in the routers: it centres what the logit is made from, so that a fresh router starts
     by dividing its images. With group norm the first router sent all images to one side within an epoch.
     """
     return nn.Sequential(conv(c_in, c_out, kernel, **kwargs), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
+
+
+def dense(c_in, c_out):
+    """A linear layer, batch norm, activation: `block` for vectors."""
+    return nn.Sequential(nn.Linear(c_in, c_out), nn.BatchNorm1d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
 
 def map_sides(side):
@@ -91,43 +105,38 @@ def map_sides(side):
     return sides
 
 
-class Encoder(nn.Module):
+def make_encoder(network, image_shape, width, channels, r):
     """x (B, C, H, W) -> d_H (B, channels, r, r), where eq. (12) begins.
 
-    A small CNN: one convolution looks at the image in overlapping patches and strides over 4 pixels, so that nothing is
-    ever computed at full size; others halve the map down to 4 x 4; the last one makes it r x r.
+    "mlp" (r = 1): two layers, of 8 * width and `channels` units. "cnn": one convolution looks at the image in overlapping
+    patches and strides over 4 pixels, so that nothing is computed at full size; others halve the map; the last makes it r x r.
     """
-
-    def __init__(self, image_shape, width, channels, r):
-        super().__init__()
-        halvings = len(map_sides(image_shape[-1])) - 1
-        widths = [width] + [2 * width] * halvings
-        self.net = nn.Sequential(
-            block(image_shape[0], width, 8, stride=4, padding=2),
-            *[block(widths[k], widths[k + 1], 3, stride=2, padding=1) for k in range(halvings)],
-            block(widths[-1], channels, 4 // r, stride=4 // r))
-
-    def forward(self, x):
-        return self.net(x)
+    if network == "mlp":
+        return nn.Sequential(nn.Flatten(), dense(math.prod(image_shape), 8 * width), dense(8 * width, channels),
+                             nn.Unflatten(1, (channels, 1, 1)))
+    halvings = len(map_sides(image_shape[-1])) - 1
+    widths = [width] + [2 * width] * halvings
+    return nn.Sequential(block(image_shape[0], width, 8, stride=4, padding=2),
+                         *[block(widths[k], widths[k + 1], 3, stride=2, padding=1) for k in range(halvings)],
+                         block(widths[-1], channels, 4 // r, stride=4 // r))
 
 
-class Decoder(nn.Module):
-    """z_l (B, channels, r, r) -> (B, C, H, W), mu_x of eq. (11) before its last activation. The encoder's mirror image:
-    the last convolution makes the 4 x 4 pixels of each patch as channels, and PixelShuffle lays them out.
+def make_decoder(network, image_shape, width, channels, r):
+    """z_l (B, channels, r, r) -> (B, C, H, W), mu_x of eq. (11) before its last activation; the encoder's mirror image.
+
+    "mlp": two layers of 4 * width units. "cnn": the last convolution gives the 4 x 4 pixels of each patch as channels, and
+    PixelShuffle lays them out.
     """
-
-    def __init__(self, image_shape, width, channels, r):
-        super().__init__()
-        sides = map_sides(image_shape[-1])[::-1]                               # [4, 7]
-        widths = [2 * width] * (len(sides) - 1) + [width]
-        layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
-        for k in range(len(sides) - 1):
-            odd = sides[k + 1] - (2 * sides[k] - 1)                            # 0 for 4 -> 7, 1 for 4 -> 8
-            layers.append(block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd))
-        self.net = nn.Sequential(*layers, nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4))
-
-    def forward(self, z):
-        return self.net(z)
+    if network == "mlp":
+        return nn.Sequential(nn.Flatten(), dense(channels, 4 * width), dense(4 * width, 4 * width),
+                             nn.Linear(4 * width, math.prod(image_shape)), nn.Unflatten(1, image_shape))
+    sides = map_sides(image_shape[-1])[::-1]                                   # [4, 7]
+    widths = [2 * width] * (len(sides) - 1) + [width]
+    layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
+    for k in range(len(sides) - 1):
+        odd = sides[k + 1] - (2 * sides[k] - 1)                                # 0 for 4 -> 7, 1 for 4 -> 8
+        layers.append(block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd))
+    return nn.Sequential(*layers, nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4))
 
 
 class ToGaussian(nn.Module):
@@ -135,7 +144,7 @@ class ToGaussian(nn.Module):
 
     def __init__(self, c_in, channels):
         super().__init__()
-        self.linear = nn.Conv2d(c_in, 2 * channels, 1)
+        self.linear = Conv(c_in, 2 * channels, 1)
 
     def forward(self, h):
         mu, raw_var = self.linear(h).float().chunk(2, 1)
@@ -183,7 +192,8 @@ class TreeVAE(nn.Module):
     image_shape: (C, H, W), H = W = 28, 32 or 64.       likelihood: "bernoulli" for grey images, "gaussian" (sigma = 1).
     latent_channels, representation_dim: z_i is (latent_channels, r, r), r = representation_dim in {1, 2, 4}.
     bottom_up_channels: channels of d_h, and the hidden width of the nodes' networks.
-    max_depth: H, the depth the tree may grow to.       width: channels of the convolutions next to the image.
+    max_depth: H, the depth the tree may grow to.       network: "cnn" or "mlp", what encoder and decoders are;
+    width: their size, the channels next to the image of the former.
     parents: the tree to build, by default a root with two leaves.
 
     `parents[i]` is the id of node i's parent, -1 at the root, PRUNED (-2) once node i is gone. An id is the order of
@@ -192,16 +202,16 @@ class TreeVAE(nn.Module):
     """
 
     def __init__(self, image_shape, likelihood="bernoulli", latent_channels=16, bottom_up_channels=32,
-                 representation_dim=4, max_depth=7, width=32, parents=(-1, 0, 0)):
+                 representation_dim=4, max_depth=7, network="cnn", width=32, parents=(-1, 0, 0)):
         super().__init__()
-        if likelihood not in ("bernoulli", "gaussian") or representation_dim not in (1, 2, 4):
-            raise ValueError(f"no likelihood {likelihood!r} with representation_dim {representation_dim}: "
-                             "use bernoulli or gaussian, and 1, 2 or 4")
         r = representation_dim
+        if likelihood not in ("bernoulli", "gaussian") or r not in (1, 2, 4) or network not in ("cnn", "mlp")[:1 + (r == 1)]:
+            raise ValueError(f"likelihood {likelihood!r} with representation_dim {r} and network {network!r}: choose among "
+                             "bernoulli or gaussian; 1, 2 or 4; cnn, or mlp if representation_dim is 1")
         self.image_shape, self.likelihood, self.max_depth = tuple(image_shape), likelihood, max_depth
-        self.latent_shape, self.hidden, self.width = (latent_channels, r, r), bottom_up_channels, width
+        self.latent_shape, self.hidden, self.network, self.width = (latent_channels, r, r), bottom_up_channels, network, width
         self.kernel = 3 if r > 1 else 1
-        self.encoder = Encoder(image_shape, width, self.hidden, r)
+        self.encoder = make_encoder(network, self.image_shape, width, self.hidden, r)
         self.bottom_up = nn.ModuleList([self._hidden_block(self.hidden) for _ in range(max_depth)])   # MLP_h, h = 0..H-1
         self.parents = list(parents)
         self.nodes = nn.ModuleList([Node() for _ in parents])
@@ -250,7 +260,7 @@ class TreeVAE(nn.Module):
         make("transformation", i != 0, lambda: nn.Sequential(self._hidden_block(c), ToGaussian(self.hidden, c)))
         make("router_p", n_children == 2, lambda: Router(c, self.hidden, r, self.kernel))
         make("router_q", n_children == 2, lambda: Router(self.hidden, self.hidden, r, self.kernel))
-        make("decoder", n_children == 0, lambda: Decoder(self.image_shape, self.width, c, r))
+        make("decoder", n_children == 0, lambda: make_decoder(self.network, self.image_shape, self.width, c, r))
 
     # -- inference ----------------------------------------------------------------------------------------------------
 
@@ -308,7 +318,7 @@ class TreeVAE(nn.Module):
         """log p(x | z_l), eq. (11), summed over pixels and channels: (B,) nats."""
         out = self.nodes[leaf].decoder(z).float()
         if self.likelihood == "bernoulli":
-            return -F.binary_cross_entropy_with_logits(out, x, reduction="none").flatten(1).sum(1)
+            return (x * out - F.softplus(out)).flatten(1).sum(1)               # x log mu + (1 - x) log(1 - mu), mu = sigmoid(out)
         return Gaussian(out, torch.ones_like(out)).log_prob(x)
 
     def elbo(self, x, below=None):
