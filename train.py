@@ -49,54 +49,55 @@ def fail(sentence):
 # Settings: one dataclass; every field is a flag. A preset is a set of other defaults.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, help, choices=None, least=0):
+    """A field of Config: its default in the preset tiny, its help line, what it may be."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass
 class Config:
     """All settings of a run; config.json is this, and `python train.py --help` prints it."""
-    dataset: str = setting("shapes", "data set: shapes (embedded), fashion or mnist (downloaded)")
-    preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)")
+    dataset: str = setting("shapes", "data set: shapes (embedded), fashion or mnist (downloaded)", ["shapes", "fashion", "mnist"])
+    preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)", ["auto", "tiny", "small", "paper"])
     data_root: str = setting("data", "folder of downloaded data sets")
     out: str = setting("", "the run's folder; runs/<dataset> if empty")
     seed: int = setting(1, "seed of all randomness")
     max_images: int = setting(0, "train on the first so many images only; 0 means all")
-    device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is")
+    device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is", ["auto", "cuda", "mps", "cpu"])
     bf16: bool = setting(True, "bfloat16 arithmetic in the U-Net where the device has it")
     # stage 1: the tree
-    latent_channels: int = setting(8, "channels of each z_i")
-    bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree")
-    representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4")
-    network: str = setting("mlp", "encoder and decoders of the tree: mlp (with r = 1), or cnn")
-    tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units")
-    max_depth: int = setting(6, "depth the tree may reach")
-    max_leaves: int = setting(10, "leaves (clusters) the tree may reach")
-    tree_batch_size: int = setting(256, "images a step, all parameters")
-    subtree_batch_size: int = setting(256, "images a step while only a new split trains")
+    latent_channels: int = setting(8, "channels of each z_i", least=1)
+    bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree", least=1)
+    representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4", least=1)
+    network: str = setting("mlp", "encoder and decoders of the tree: mlp (with r = 1), or cnn", ["mlp", "cnn"])
+    tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units", least=1)
+    max_depth: int = setting(6, "depth the tree may reach", least=1)
+    max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
+    tree_batch_size: int = setting(256, "images a step, all parameters", least=1)
+    subtree_batch_size: int = setting(256, "images a step while only a new split trains", least=1)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
-    tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)")
+    tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    initial_epochs: int = setting(8, "epochs of the root and its two leaves")
-    subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images")
+    initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
+    subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(2, "epochs of all parameters after every third split")
-    finetune_epochs: int = setting(8, "epochs of all parameters once the tree is grown and pruned")
+    finetune_epochs: int = setting(8, "epochs of all parameters once the tree is grown and pruned", least=1)
     kl_start: float = setting(0.1, "KL weight in a phase's first epoch, while the tree grows")
     kl_start_all: float = setting(1.0, "the same in the intermediate and fine-tuning phases")
     kl_per_epoch: float = setting(0.15, "what an epoch adds to it, up to 1")
     balance: float = setting(50.0, "nats for lopsided decisions at the start of a split, falling to 0 at 70%% of its phase")
     # stage 2: the diffusion model
-    unet_channels: int = setting(32, "channels of the U-Net at full size")
+    unet_channels: int = setting(32, "channels of the U-Net at full size", least=1)
     unet_multipliers: str = setting("1,2,2", "channels at each scale, in multiples of that; comma-separated")
-    unet_blocks: int = setting(1, "residual blocks a scale")
+    unet_blocks: int = setting(1, "residual blocks a scale", least=1)
     unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
     dropout: float = setting(0.0, "dropout in the residual blocks")
-    timesteps: int = setting(1000, "T, steps of the noise schedule")
+    timesteps: int = setting(1000, "T, steps of the noise schedule", least=1)
     diffusion_epochs: int = setting(5, "epochs of stage 2; 0 trains only the tree")
-    diffusion_batch_size: int = setting(64, "images a step, stage 2")
+    diffusion_batch_size: int = setting(64, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
-    diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant")
-    warmup_steps: int = setting(200, "steps in which that rises linearly from 0")
+    diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant", ["cosine", "constant"])
+    warmup_steps: int = setting(200, "steps in which that rises linearly from 0", least=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient, stage 2")
     ema_decay: float = setting(0.9999, "decay of the weights' moving average, reached through (1 + step) / (10 + step)")
 
@@ -193,6 +194,9 @@ def load_data(config):
 # The run: its folder, its files, its live line
 # ---------------------------------------------------------------------------------------------------------------------
 
+LIVE_SECONDS, SAVE_SECONDS = 0.5, 60.0
+
+
 def write(path, save):
     """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half."""
     part = File(path).with_name(File(path).name + ".part")
@@ -230,7 +234,7 @@ class Run:
     def say(self, text, last=False):
         """The live line: redrawn twice a second on a terminal; in a log, at the end of a phase and once a minute."""
         tty, now = sys.stdout.isatty(), time.monotonic()
-        if last or now - self.shown > (0.5 if tty else 60):
+        if last or now - self.shown > (LIVE_SECONDS if tty else 60):
             print(f"\r\033[K{text}" if tty else text, end="\n" if last or not tty else "", flush=True)
             self.shown = now
 
@@ -299,12 +303,12 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
                 sums[name] = sums.get(name, 0.0) + value.detach()
             done += 1
             now = time.monotonic()
-            if now - run.shown > 0.5:
+            if now - run.shown > LIVE_SECONDS:
                 left = (now - began) / done * (epochs * n_batches - step - 1)
                 means = "  ".join(f"{name} {float(value) / (batch + 1):.4g}" for name, value in sums.items() if "P_" not in name)
                 run.say(f"{title}  epoch {epoch + 1}/{epochs}  {means}  {done * batch_size / (now - began):.0f} images/s  "
                         f"{clock(left)} left in this phase")
-            if now - run.saved > 60:
+            if now - run.saved > SAVE_SECONDS:
                 checkpoint(epoch, batch + 1)
         means = {name: float(value) / n_batches for name, value in sums.items()}
         if not math.isfinite(sum(means.values())):
@@ -399,17 +403,23 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and able)
 
 
+def moving_average(networks, decay):
+    """The exponential moving average of weights: a copy to be told of each step by `.update_parameters(networks)`.
+
+    The decay warms up, since 0.9999 from the first step would keep the random weights for some 50,000 steps.
+    """
+    def update(averages, parameters, n):
+        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
+    return AveragedModel(networks, multi_avg_fn=update)
+
+
 def train_diffusion(run, tree, data):
     """Stage 2: the tree is frozen; the U-Net and the path encoder learn to denoise each image given its sampled path."""
     config, device = run.config, run.device
     tree.requires_grad_(False).eval()
     diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree).to(device)
 
-    def average(averages, parameters, n):                              # a decay of 0.9999 at once would keep the first weights
-        decay = min(config.ema_decay, (1 + float(n)) / (10 + float(n)))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-
-    ema = AveragedModel(networks, multi_avg_fn=average)
+    ema = moving_average(networks, config.ema_decay)
 
     def step_loss(x, epoch, progress):
         with torch.no_grad():
@@ -513,13 +523,12 @@ def parse_flags(argv):
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
     parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
     for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
-        choices = dict(dataset=["shapes", "fashion", "mnist"], preset=["auto", *PRESETS], device=["auto", "cuda", "mps", "cpu"], network=["mlp", "cnn"],
-                       tree_lr_decay=["cosine", "step"], diffusion_lr_decay=["cosine", "constant"]).get(f.name)
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool or f.type == "bool" else dict(
-            type={"int": int, "float": float, "str": str}.get(f.type, f.type), choices=choices)
-        default = "" if f.type in (bool, "bool") else f" (default: {f.default if f.default != '' else 'empty'})"
-        parser.add_argument(flag, default=None, help=f.metadata["help"] + default, **kind)
+        kind = dict(type=f.type, choices=f.metadata["choices"],
+                    metavar=None if f.metadata["choices"] else "N" if f.type in (int, float) else "TEXT")
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None,
+                            help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
     flags = vars(parser.parse_args(argv))
     resume, quick = flags.pop("resume"), flags.pop("quick")
     typed = {name: value for name, value in flags.items() if value is not None}
@@ -529,7 +538,24 @@ def parse_flags(argv):
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
     defaults = PRESETS[preset] | DATASET_DEFAULTS.get(dataset, {}) | (QUICK if quick else {})
-    return Config(**(defaults | typed | dict(preset=preset + (" --quick" if quick else "")))), resume
+    config = Config(**(defaults | typed | dict(preset=preset + (" --quick" if quick else ""))))
+    check(config)
+    return config, resume
+
+
+def check(config):
+    """Refuse settings that cannot work, by name, before anything is written."""
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
+            fail(f"--{f.name.replace('_', '-')} must be a number of at least {f.metadata['least']}, not {value}")
+    for name in ("unet_multipliers", "unet_attention"):
+        if not all(part.isdigit() and int(part) > 0 for part in getattr(config, name).split(",") if part) or not config.unet_multipliers:
+            fail(f"--{name.replace('_', '-')} must be whole numbers separated by commas, such as 1,2,2, not {getattr(config, name)!r}")
+    if config.representation_dim not in (1, 2, 4) or config.network == "mlp" and config.representation_dim != 1:
+        fail("--representation-dim must be 1, 2 or 4, and 1 with --network mlp")
+    if config.max_leaves > 2 ** config.max_depth:
+        fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
 
 
 def load_checkpoint(path, device):

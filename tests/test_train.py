@@ -1,0 +1,247 @@
+"""The commands: both stages end to end, interruption, data sets, and what a user sees for a mistake."""
+
+import json
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import metrics
+import sample
+import train
+
+TINY = ["--quick", "--max-images", "256", "--max-leaves", "3", "--bottom-up-channels", "16", "--tree-width", "4",
+        "--unet-channels", "8", "--unet-multipliers", "1,2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "shapes"
+    train.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+# -- the pipeline -----------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_all_its_files(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.json", "log.csv", "tree.pt", "diffusion.pt", "checkpoint.pt", "curves.png", "growth.png"}
+    assert not any(name.endswith(".part") for name in names)
+    header, *rows = (finished / "log.csv").read_text().splitlines()
+    assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,leaf_shares")
+    assert [row.split(",")[1] for row in rows][:1] == ["initial"] and rows[-1].split(",")[1] == "diffusion"
+
+
+def test_pictures_and_metrics_of_a_run(finished, capsys):
+    sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
+    for name in ("tree", "leaves", "one_root", "reconstructions"):
+        assert (finished / f"{name}.png").stat().st_size > 5000
+    leaf = train.load_run(finished, "cpu")[3].leaves[0]
+    sample.main([str(finished), "--leaf", str(leaf), "--n", "2", "--steps", "2", "--eta", "0.5", "--device", "cpu"])
+    sample.main([str(finished), "--node", "0", "--n", "2", "--steps", "2", "--device", "cpu"])
+    assert (finished / f"leaf_{leaf}.png").exists() and (finished / "node_0.png").exists()
+    metrics.main([str(finished), "--device", "cpu"])
+    result = json.loads((finished / "metrics.json").read_text())
+    assert 0 < result["dendrogram_purity"] <= 1 and sum(result["leaf_sizes"]) == result["images"] == 2000
+    parts = [result[name] for name in ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")]
+    assert result["elbo"] == pytest.approx(parts[0] - sum(parts[1:]), abs=1e-2)
+    assert "dendrogram purity" in capsys.readouterr().out
+
+
+def test_sampling_is_the_same_for_a_seed(finished):
+    painter = sample.Painter(finished, "cpu", steps=3, eta=0.0)
+    images = []
+    for batch_size in (64, 3):
+        torch.manual_seed(4)
+        images.append(painter.draw(painter.new_paths(2), batch_size=batch_size)[1])
+    assert torch.allclose(*images, atol=0.02)                                  # bf16 rounds by batch
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after_steps", [2, 9, 17])
+def test_an_interrupted_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, after_steps):
+    folder, steps = tmp_path / "run", [0]
+    save = train.Run.save
+    def checkpoint_every_step(run, **state):
+        save(run, **state)
+        run.saved = -1e9
+    def die(run, text, last=False):
+        steps[0] += 1
+        if steps[0] > after_steps:
+            raise Interrupted
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "save", checkpoint_every_step)
+        patch.setattr(train.Run, "say", die)
+        patch.setattr(train, "LIVE_SECONDS", -1)
+        with pytest.raises(Interrupted):
+            train.main([*TINY, "--out", str(folder)])
+    train.main(["--resume", "--out", str(folder)])
+    for name in ("tree.pt", "diffusion.pt"):
+        one, other = (torch.load(path / name, weights_only=True) for path in (finished, folder))
+        if name == "tree.pt":
+            assert one["parents"] == other["parents"]
+            one, other = one["state_dict"], other["state_dict"]
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_another_seed_gives_another_run(finished, tmp_path):
+    train.main([*TINY, "--seed", "2", "--diffusion-epochs", "0", "--out", str(tmp_path / "run")])
+    one, other = (torch.load(path / "tree.pt", weights_only=True)["state_dict"] for path in (finished, tmp_path / "run"))
+    assert not torch.equal(one["encoder.1.0.weight"], other["encoder.1.0.weight"])
+
+
+def test_every_preset_builds_its_networks():
+    for name, settings in train.PRESETS.items():
+        config = train.Config(**settings)
+        train.check(config)
+        tree = train.build_tree(config, (1, 28, 28)).eval()
+        networks = train.build_denoiser(config, tree).eval()
+        path = tree.sample_path(2)
+        out = networks["unet"](torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), networks["path_encoder"](*path))
+        assert out.shape == (2, 1, 28, 28), name
+    paper = train.Config(**train.PRESETS["paper"])
+    assert (paper.latent_channels, paper.representation_dim, paper.bottom_up_channels, paper.max_depth) == (16, 4, 32, 7)
+    assert (paper.initial_epochs, paper.subtree_epochs, paper.intermediate_epochs, paper.finetune_epochs) == (150, 150, 80, 200)
+
+
+# -- the algorithm of stage 1 -----------------------------------------------------------------------------------------
+
+def test_phases_follow_the_algorithm(monkeypatch):
+    """initial, three splits, intermediate, ..., prune, finetune, diffusion; leaves that pruning will take do not count."""
+    config = train.Config(max_leaves=5, max_depth=4, tree_batch_size=10)
+    tree = train.build_tree(config, (1, 28, 28))
+    images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
+    def probs(tree, images):                                                    # even leaves, but node 3 gets next to nothing
+        columns = torch.arange(1000) % len(tree.leaves)
+        if 3 in tree.leaves:
+            column = tree.leaves.index(3)
+            columns[columns == column] = (column + 1) % len(tree.leaves)
+        return torch.eye(len(tree.leaves))[columns]
+    monkeypatch.setattr(train, "leaf_probs", probs)
+    seen, phase = [], "initial"
+    while phase != "diffusion":
+        phase, node, mask = train.next_phase(tree, images, config, phase)
+        seen.append(phase)
+        assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
+    assert seen == ["grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"]
+    assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
+
+
+def test_ema_warms_up():
+    """With a decay of min(d, (1 + n) / (10 + n)) the average follows the weights early on, as a hand-run average does."""
+    decay, average, weight = 0.9999, 1.0, 1.0
+    for n in range(1, 200):
+        weight = 1.0 + n
+        d = min(decay, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * weight
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 1.0)
+    ema = train.moving_average(network, 0.9999)
+    for n in range(200):
+        torch.nn.init.constant_(network.weight, 1.0 + n)
+        ema.update_parameters(network)
+    assert ema.module.weight.item() == pytest.approx(average, rel=1e-4) and average > 150
+
+
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+def write_idx(path, array):
+    """MNIST's file format: two zero bytes, type 8 (uint8), number of dimensions, each as a big-endian int32, the bytes."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("name, folder", [("fashion", "FashionMNIST"), ("mnist", "MNIST")])
+def test_data_sets_load_from_their_public_layout(tmp_path, name, folder):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 30), ("t10k", 10)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
+    data = train.load_data(train.Config(dataset=name, data_root=str(tmp_path)))
+    assert data.images.shape == (30, 1, 28, 28) and data.images.dtype == torch.uint8 and data.test_images.shape[0] == 10
+    assert data.test_labels.tolist() == list(range(10)) and len(data.classes) == 10
+
+
+def test_shapes_are_the_same_everywhere_and_even():
+    images, labels = train.draw_shapes(400, seed=0)
+    again, _ = train.draw_shapes(400, seed=0)
+    assert torch.equal(images, again) and images.shape == (400, 1, 28, 28) and images.float().max() > 200
+    assert torch.bincount(labels).min() > 25 and len(train.SHAPES) == 8
+    centre = images[:, 0, 12:16, 12:16].float().mean((1, 2))
+    assert centre[labels < 4].min() > 150 and centre[(labels >= 4) & (labels != 7)].max() < 60      # filled or outlined
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, words", [
+    (["--colour"], "unrecognized arguments"),
+    (["--dataset", "cats"], "invalid choice: 'cats'"),
+    (["--seed", "one"], "invalid int value"),
+    (["--tree-lr", "nan"], "--tree-lr must be"),
+    (["--tree-batch-size", "0"], "--tree-batch-size must be"),
+    (["--max-leaves", "1"], "--max-leaves must be"),
+    (["--max-leaves", "40", "--max-depth", "5"], "at most 32 leaves"),
+    (["--unet-multipliers", "1,two"], "separated by commas"),
+    (["--representation-dim", "4"], "1 with --network mlp"),
+    (["--device", "cuda"], "there is no cuda device"),
+    (["--resume"], "there is no run"),
+])
+def test_wrong_flags_are_one_sentence(tmp_path, capsys, argv, words):
+    if words == "there is no cuda device" and torch.cuda.is_available():
+        argv[1], words = "mps", "there is no mps device"
+    with pytest.raises(SystemExit) as stop:
+        train.main([*argv, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_and_no_data_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--dataset", "fashion", "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.err.count("\n") == 1 and "--data-root" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_overwritten(finished, tmp_path, capsys):
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"preset": "tiny"}))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("config.json", b"{", "not a run's settings"), ("config.json", b'{"colour": 1}', "not a run's settings"),
+    ("tree.pt", b"not a checkpoint", "cannot be read"), ("diffusion.pt", None, "is missing"),
+    ("config.json", b'{"bottom_up_channels": 24}', "do not fit"),
+])
+def test_damaged_runs_are_one_sentence(finished, tmp_path, capsys, name, damage, words):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if damage is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(damage)
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(tmp_path), "--device", "cpu"])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [(["--leaf", "99"], "no such node as 99"), (["--steps", "0"], "--steps must be"),
+                                         (["--n", "0"], "--n must be"), (["--eta", "-1"], "--eta at least 0")])
+def test_wrong_sampling_flags_are_one_sentence(finished, capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(finished), "--device", "cpu", *argv])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
