@@ -66,7 +66,7 @@ def join(paths):
 
 def show(ax, images, columns, title=""):
     """Draw images (n, C, H, W) in [0, 1] as a grid."""
-    ax.imshow(make_grid(images.clamp(0, 1), columns, padding=1, pad_value=1).permute(1, 2, 0), interpolation="nearest")
+    ax.imshow(make_grid(images.clamp(0, 1), columns, padding=1, pad_value=1).permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 

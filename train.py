@@ -74,18 +74,18 @@ class Config:
     max_depth: int = setting(6, "depth the tree may reach", least=1)
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
     tree_batch_size: int = setting(256, "images a step, all parameters", least=1)
-    subtree_batch_size: int = setting(256, "images a step while only a new split trains", least=1)
+    subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=1)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
-    subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
-    intermediate_epochs: int = setting(2, "epochs of all parameters after every third split")
-    finetune_epochs: int = setting(8, "epochs of all parameters once the tree is grown and pruned", least=1)
-    kl_start: float = setting(0.1, "KL weight in a phase's first epoch, while the tree grows")
-    kl_start_all: float = setting(1.0, "the same in the intermediate and fine-tuning phases")
-    kl_per_epoch: float = setting(0.15, "what an epoch adds to it, up to 1")
-    balance: float = setting(50.0, "nats for lopsided decisions at the start of a split, falling to 0 at 70%% of its phase")
+    initial_epochs: int = setting(16, "epochs of the root and its two leaves", least=1)
+    subtree_epochs: int = setting(10, "epochs of each new split, on its leaf's images", least=1)
+    intermediate_epochs: int = setting(4, "epochs of all parameters after every third split")
+    finetune_epochs: int = setting(14, "epochs of all parameters once the tree is grown and pruned", least=1)
+    kl_start: float = setting(0.02, "KL weight in a phase's first epoch, while the tree grows")
+    kl_start_all: float = setting(0.1, "the same in the intermediate and fine-tuning phases")
+    kl_per_epoch: float = setting(0.07, "what an epoch adds to it, up to 1")
+    balance: float = setting(10.0, "nats for lopsided decisions at the start of a split, falling to 0 at 70%% of its phase")
     # stage 2: the diffusion model
     unet_channels: int = setting(32, "channels of the U-Net at full size", least=1)
     unet_multipliers: str = setting("1,2,2", "channels at each scale, in multiples of that; comma-separated")
@@ -114,7 +114,7 @@ PRESETS = {
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
-DATASET_DEFAULTS = {"shapes": dict(max_leaves=8)}
+DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64)}
 QUICK = dict(max_images=1024, tree_batch_size=128, subtree_batch_size=64, diffusion_batch_size=64, initial_epochs=1, subtree_epochs=1, intermediate_epochs=1, finetune_epochs=1, diffusion_epochs=1, max_leaves=4,
              unet_channels=16, warmup_steps=5)
 HOW_LONG = {"tiny": "about 10 minutes for shapes, 45 for fashion on 2 cores", "small": "not measured yet",
@@ -468,7 +468,7 @@ def draw_tree(ax, parents, leaves, shares, images):
             ax.text(x, y, i, ha="center", va="center", fontsize=6, zorder=2, bbox=dict(boxstyle="circle", fc="white", ec="0.5"))
     for column, leaf in enumerate(leaves):
         for row, image in enumerate(images[column]):
-            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3), extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03), zorder=3)
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03), zorder=3)
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
     bottom = -row - 1.75
     ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
