@@ -497,19 +497,22 @@ class TreeVAE(nn.Module):
                 module.requires_grad_(True).train()
 
 
-def imbalance(visits):
-    """How far the decisions are from dividing the batch in two halves, in nats: 0 if all do, log 2 if the root's does not.
+def imbalance(visits, least=0.1):
+    """How far the decisions are from giving each child at least a tenth of what reaches its parent, in nats; 0 if all do.
 
-    sum_i P(i) [log 2 - H(r_i)], where P(i) and r_i are the batch's mean probability of reaching node i and of going left
-    there. Not in the paper: an early push away from the router that sends everything one way, which never recovers.
+    sum_i P(i) max(0, H(least) - H(r_i)), where P(i) and r_i are the batch's mean probability of reaching node i and of going
+    left there, and H the entropy of a decision. Not in the paper: it only keeps a fresh router from sending everything one
+    way, which never recovers; pushing all the way to halves gives worse trees.
     """
-    total = 0.0
+    floor, total = -(least * math.log(least) + (1 - least) * math.log(1 - least)), 0.0
     for v in visits:
         if v.logit_q is not None:
             log_reach = v.log_reach_q.detach()
-            for logit in (v.logit_q, -v.logit_q):                              # sum over c_i of r log r
+            entropy = 0.0
+            for logit in (v.logit_q, -v.logit_q):
                 log_share = torch.logsumexp(F.logsigmoid(logit) + log_reach, 0) - torch.logsumexp(log_reach, 0)
-                total = total + log_reach.exp().mean() * (math.log(2) / 2 + log_share.exp() * log_share)
+                entropy = entropy - log_share.exp() * log_share
+            total = total + log_reach.exp().mean() * F.relu(floor - entropy)
     return total
 
 

@@ -309,12 +309,15 @@ def test_pruning_rule():
     assert tree.next_prune(torch.eye(3)[[0] * 500 + [1] * 490 + [2] * 10]) is None
 
 
-def test_imbalance_is_zero_for_halves_and_log_2_for_one_side():
-    tree, x = make_tree(), images(16)
-    visits = [v for v in tree.walk(tree.bottom_up_pass(x)) if v.node == 0]
-    half = torch.tensor([30.0, -30.0] * 8)
-    assert float(treevae.imbalance([visits[0]._replace(logit_q=half)])) == pytest.approx(0, abs=1e-5)
-    assert float(treevae.imbalance([visits[0]._replace(logit_q=torch.full((16,), 40.0))])) == pytest.approx(math.log(2), abs=1e-5)
+def test_imbalance_asks_for_a_tenth_on_each_side():
+    tree, x = make_tree(), images(20)
+    root = next(v for v in tree.walk(tree.bottom_up_pass(x)) if v.node == 0)
+    def of(n_left):
+        return float(treevae.imbalance([root._replace(logit_q=torch.tensor([40.0] * n_left + [-40.0] * (20 - n_left)))]))
+    entropy = -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))
+    one_in_twenty = -(0.05 * math.log(0.05) + 0.95 * math.log(0.95))
+    assert of(10) == of(3) == 0 and of(17) == 0
+    assert of(1) == pytest.approx(entropy - one_in_twenty, abs=1e-5) and of(20) == pytest.approx(entropy, abs=1e-5)
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
