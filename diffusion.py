@@ -254,3 +254,34 @@ def run(layers, h, emb):
     for layer in layers:
         h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
     return h
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    diffusion, images = Diffusion(), torch.stack([torch.eye(8), torch.eye(8).flip(0)])[:, None] * 1.8 - 0.9
+    print("Forward, eq. (5): what is left of the image and how much noise there is at the paper's t = 1, 250, 500, 750, 1000:")
+    for t in (0, 249, 499, 749, 999):
+        print(f"  t {t:3d}: sqrt(abar) {diffusion.abar[t].sqrt():.3f}, sqrt(1 - abar) {(1 - diffusion.abar[t]).sqrt():.3f}")
+    net = UNet((1, 8, 8), channels=16, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
+    y_of = nn.Embedding(2, net.emb_dim)                            # stands for the path encoder: one y for each of two images
+    x0 = images[torch.tensor([0, 1])]
+    t, eps = torch.tensor([100, 700]), torch.randn_like(x0)
+    xt = diffusion.add_noise(x0, t, eps)
+    mean, var = diffusion.posterior(x0, xt, t)
+    print(f"\nShapes: x_t {tuple(xt.shape)}, t {tuple(t.shape)}, y {tuple(y_of(torch.tensor([0, 1])).shape)} -> eps {tuple(net(xt, t).shape)};"
+          f"\n  q(x_t-1 | x_t, x_0), eq. (26): mean {tuple(mean.shape)}, beta~ {[f'{v:.4f}' for v in var.flatten().tolist()]}")
+    print(f"\nTraining, eq. (30), {sum(p.numel() for p in net.parameters())} parameters, two 8 x 8 images, a diagonal and its mirror image:")
+    optimizer = torch.optim.Adam([*net.parameters(), *y_of.parameters()], lr=2e-3)
+    for step in range(301):
+        kind = torch.randint(2, (32,))
+        loss = diffusion.loss(net, images[kind], y_of(kind))
+        if step % 100 == 0:
+            print(f"  step {step:3d}: L_simple {loss.item():.3f}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval().requires_grad_(False)
+    print(f"\nSampling from noise with DDIM at t = {diffusion.ddim_times(8)[::-1]} (8 of 1000 steps), asking by y for one image, then the other:")
+    drawn = diffusion.ddim_sample(net, (2, 1, 8, 8), y_of(torch.tensor([0, 1])).detach(), steps=8)
+    for row in range(8):
+        print("  " + "    ".join("".join("#" if pixel > 0 else "." for pixel in image[0, row]) for image in drawn))
