@@ -2,8 +2,8 @@
 
 This is stage 2 of TreeDiffusion: section 3.2 and Appendix B of the paper, equations (3)-(6) and (22)-(30).
 
-Forward, an image x_0 is drowned in Gaussian noise over T small steps; the U-Net learns to name the noise in x_t; backward,
-starting from pure noise, what it names is taken out step by step. The conditioning vector y, made of a tree path by
+Forward, an image x_0 is drowned in Gaussian noise over T small steps; the U-Net learns to predict the noise in x_t; backward,
+starting from pure noise, what it predicts is taken out step by step. The conditioning vector y, made of a tree path by
 `path_encoder.PathEncoder`, is added to the U-Net's embedding of the time: it tells the net which cluster to draw.
 
 In: images (B, C, H, W) in [-1, 1], y (B, emb) or None. Out: the same kind of images.
@@ -46,7 +46,7 @@ class Diffusion(nn.Module):
     # -- the forward process ------------------------------------------------------------------------------------------
 
     def add_noise(self, x0, t, eps):
-        """A sample of q(x_t | x_0), eqs. (5) and (24): t applications of the chain (3), (4), (22), (23) in one go."""
+        """A sample of q(x_t | x_0), eqs. (5) and (24): the paper's t applications of the chain (3), (4), (22), (23) in one go."""
         return per_image(self.abar, t).sqrt() * x0 + per_image(self.one_minus_abar, t).sqrt() * eps
 
     def posterior(self, x0, xt, t):
@@ -60,10 +60,10 @@ class Diffusion(nn.Module):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, net, x0, y=None, t=None, eps=None):
-        """L_simple, eq. (30), for one random time and noise an image (or the given ones): a scalar, the mean over pixels.
+        """L_simple, eq. (30) a pixel, for one random time and noise an image (or the given ones): a scalar.
 
         Eq. (30) is eq. (29) with its factor left out: the distance between mu~ and mu_psi is a multiple of the one
-        between eps and eps_psi, so naming the noise is the same as finding the mean of x_{t-1}, and trains better.
+        between eps and eps_psi, so predicting the noise is the same as predicting the mean of x_{t-1}, and trains better.
         """
         if t is None:
             t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
@@ -80,18 +80,18 @@ class Diffusion(nn.Module):
         would contradict each other and the error would be carried to the next step.
         """
         eps = net(xt, t, y).float()
-        abar, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
-        x0 = (xt - noise * eps) / abar
+        signal, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
+        x0 = (xt - noise * eps) / signal                           # eq. (5) solved for x_0
         if clip:
             x0 = x0.clamp(-1, 1)
-            eps = (xt - abar * x0) / noise
+            eps = (xt - signal * x0) / noise
         return x0, eps
 
     @torch.no_grad()
     def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
         """Ancestral sampling, eqs. (6), (27), (28): T steps from noise to images of the given shape (B, C, H, W).
 
-        mu_psi of eq. (28) is mu~ of eq. (26) at x0^, so the posterior serves; variance sigma_t^2: "posterior" is beta~_t,
+        mu_psi of eq. (28) is mu~ of eq. (26) at x0^ (exactly, where x0^ is not clipped), so the posterior serves; sigma_t^2: "posterior" is beta~_t,
         "beta" is beta_t. x_T: the noise to start from, drawn if None. ValueError for another variance.
         """
         if variance not in ("posterior", "beta"):
@@ -110,7 +110,8 @@ class Diffusion(nn.Module):
         """The increasing subsequence tau of times that DDIM visits, as our t in 0..T-1.
 
         "linear": tau_i = i T / S; "quadratic": tau_i = 0.8 T (i / S)^2, denser where the image is nearly clean; i = 1..S.
-        Rounding can make small quadratic times coincide; each is visited once. ValueError outside 1..T steps.
+        Times are rounded up; small quadratic ones that coincide are visited once. The quadratic one starts from noise at
+        0.8 T, where sqrt(abar) = 0.04 and x_T is noise but for that. ValueError outside 1..T steps.
         """
         if not 1 <= steps <= self.timesteps or spacing not in ("linear", "quadratic"):
             raise ValueError(f"steps must be in 1..{self.timesteps} and spacing linear or quadratic, not {steps}, {spacing!r}")
@@ -122,7 +123,7 @@ class Diffusion(nn.Module):
     def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic", x_T=None, clip=True):
         """DDIM (Song et al. 2020, eq. 12): `steps` jumps from noise to images of the given shape (B, C, H, W).
 
-        eta = 0: no noise on the way, the image is a function of x_T; eta = 1 over all steps: DDPM. The net is trained on
+        eta = 0: no noise on the way, the image is a function of x_T; eta = 1, linear, T steps: DDPM. The net is trained on
         all T times and is asked at the original t of each jump.
         """
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
@@ -138,7 +139,7 @@ class Diffusion(nn.Module):
     def ddim_jump(self, x0, eps, step, prev, eta):
         """One DDIM jump from time `step` to `prev`: the mean (B, C, H, W) and standard deviation of x_prev."""
         s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - self.abar[step] / self.abar[prev])).sqrt()
-        return self.abar[prev].sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).sqrt() * eps, s
+        return self.abar[prev].sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).clamp(min=0).sqrt() * eps, s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,14 +147,14 @@ class Diffusion(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def time_features(t, dim):
-    """Sines and cosines of t at dim / 2 frequencies from 1 to 1/10000: (B,) -> (B, dim)."""
+    """Sines and cosines of t at dim / 2 frequencies from 1 down to nearly 1/10000: (B,) -> (B, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def zero(module):
-    """Zero-initialise: a residual branch that starts at nothing, a net that starts by predicting no noise."""
+    """Zero-initialise: a residual branch that starts at nothing, a net that starts by predicting eps = 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -176,7 +177,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, heads of up to 64 channels, added to its input."""
+    """Self-attention over the positions of a feature map, one head for each 64 channels, added to its input."""
 
     def __init__(self, c):
         super().__init__()
@@ -201,6 +202,8 @@ class UNet(nn.Module):
         super().__init__()
         c_image, side, _ = image_shape
         step = 2 ** (len(multipliers) - 1)
+        if -side % step % 2:
+            raise ValueError(f"an image of side {side} cannot be padded evenly for {len(multipliers)} scales; use an even side")
         self.pad = (-side % step) // 2
         side += 2 * self.pad
         self.channels, self.emb_dim = channels, 4 * channels

@@ -8,7 +8,7 @@ leaf; the path encoder turns the path into one conditioning vector,
 which the U-Net adds to its embedding of the time. f_z says what the image looks like at each level of the hierarchy,
 f_id which nodes it went through, and so which cluster it belongs to. It is trained with the U-Net, on its loss.
 
-In: z (B, D, C, r, r) and nodes (B, D), the two fields of `treevae.Path`. Out: y (B, emb_dim).
+In: z (B, D, latent_channels, r, r) and nodes (B, D), the two fields of `treevae.Path`. Out: y (B, emb_dim).
 """
 
 import torch

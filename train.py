@@ -78,14 +78,16 @@ class Config:
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    initial_epochs: int = setting(16, "epochs of the root and its two leaves", least=1)
-    subtree_epochs: int = setting(10, "epochs of each new split, on its leaf's images", least=1)
+    starts: int = setting(4, "trees to start with, of which the one with the best ELBO goes on; 0: one, without more ado")
+    start_epochs: int = setting(2, "epochs of each", least=1)
+    commitment: float = setting(10.0, "price, in nats a nat, of decisions that differ from a coin toss; falls to 0 during these")
+    initial_epochs: int = setting(12, "epochs of the root and its two leaves", least=1)
+    subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(4, "epochs of all parameters after every third split")
-    finetune_epochs: int = setting(14, "epochs of all parameters once the tree is grown and pruned", least=1)
-    kl_start: float = setting(0.02, "KL weight in a phase's first epoch, while the tree grows")
-    kl_start_all: float = setting(0.1, "the same in the intermediate and fine-tuning phases")
-    kl_per_epoch: float = setting(0.07, "what an epoch adds to it, up to 1")
-    balance: float = setting(10.0, "nats for lopsided decisions at the start of a split, falling to 0 at 70%% of its phase")
+    finetune_epochs: int = setting(16, "epochs of all parameters once the tree is grown and pruned", least=1)
+    kl_start: float = setting(0.02, "KL weight in the first epoch of the start and of the initial phase")
+    kl_start_later: float = setting(0.1, "the same in all later phases")
+    kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
     # stage 2: the diffusion model
     unet_channels: int = setting(32, "channels of the U-Net at full size", least=1)
     unet_multipliers: str = setting("1,2,2", "channels at each scale, in multiples of that; comma-separated")
@@ -106,16 +108,16 @@ PRESETS = {
     "tiny": {},
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
                   dropout=0.1, diffusion_batch_size=256, diffusion_lr=4e-4, warmup_steps=1000,
-                  initial_epochs=40, subtree_epochs=25, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.03),
+                  initial_epochs=30, subtree_epochs=12, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.032),
     "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7, max_leaves=10,
                   tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
-                  kl_start_all=0.5, kl_per_epoch=0.001, balance=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
+                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
 DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64)}
-QUICK = dict(max_images=1024, tree_batch_size=128, subtree_batch_size=64, diffusion_batch_size=64, initial_epochs=1, subtree_epochs=1, intermediate_epochs=1, finetune_epochs=1, diffusion_epochs=1, max_leaves=4,
+QUICK = dict(starts=2, start_epochs=1, max_images=1024, tree_batch_size=128, subtree_batch_size=64, diffusion_batch_size=64, initial_epochs=1, subtree_epochs=1, intermediate_epochs=1, finetune_epochs=1, diffusion_epochs=1, max_leaves=4,
              unet_channels=16, warmup_steps=5)
 HOW_LONG = {"tiny": "about 10 minutes for shapes, 45 for fashion on 2 cores", "small": "not measured yet",
             "paper": "hours on a GPU: some 2,000 epochs of stage 1 and 300 of stage 2"}
@@ -208,13 +210,13 @@ def write(path, save):
 class Run:
     """A run's folder and its `state`: all that goes on after an interruption, saved to checkpoint.pt every minute.
 
-    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
+    state: phase ("start", "initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
     epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
     """
 
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
-        self.state = state or dict(phase="initial", node=None, epoch=0, batch=0, seconds=0.0, log=[], frames=[])
+        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, epoch=0, batch=0, seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started = self.saved - self.state["seconds"]
 
@@ -276,9 +278,10 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
     if state.get("training"):                                          # resumed in the middle of this phase
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
+        set_random_state(state["random"])
     batch_size = min(batch_size, len(images))
     n_batches = len(images) // batch_size                              # what is left over joins another epoch's batches
-    sums, began, done = state.get("sums") or {}, time.monotonic(), 0
+    sums, began, done = state["sums"] if state.get("training") else {}, time.monotonic(), 0
 
     def checkpoint(epoch, batch):
         parts = {name: part.state_dict() for name, part in saved.items()}
@@ -353,9 +356,28 @@ def next_phase(tree, images, config, phase):
         if split:
             tree.grow(split[0])
             return "grow", *split
-    while (leaf := tree.next_prune(leaf_probs(tree, images))) is not None:
+    while (leaf := tree.next_prune(leaf_probs(tree, images), 0.01 if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
         tree.prune(leaf)
     return "finetune", None, None
+
+
+def train_starts(run, tree, data):
+    """How the first split is made, which decides much of the tree: a few are tried, the one with the best ELBO goes on."""
+    config, state = run.config, run.state
+    while state["phase"] == "start":
+        k = state["start"]
+        def step_loss(x, epoch, progress):
+            return tree.loss(x, config.kl_start + config.kl_per_epoch * epoch, config.commitment * max(0.0, 1 - progress / 0.9))
+        tree.train_only()
+        train_phase(run, step_loss, tree, data.images, config.start_epochs, config.tree_batch_size,
+                    lambda epoch, step, n: config.tree_lr, f"start {k + 1} of {config.starts}", weight_decay=config.weight_decay)
+        elbo, best = state["log"][-1]["elbo"], state["best"]
+        if best is None or elbo > best["elbo"]:
+            best = dict(elbo=elbo, tree={name: value.clone() for name, value in tree.state_dict().items()})
+        last = k + 1 == config.starts
+        tree.load_state_dict(best["tree"] if last else build_tree(config, tree.image_shape).state_dict())
+        run.save(phase="initial" if last else "start", start=k + 1, best=None if last else best, epoch=0, batch=0,
+                 training=None, tree=tree.state_dict())
 
 
 def train_tree(run, tree, data):
@@ -366,12 +388,11 @@ def train_tree(run, tree, data):
     while (phase := state["phase"]) in epochs_of:
         node, everything = state["node"], phase != "grow"
         tree.train_only(node)
-        kl_start = config.kl_start if phase in ("initial", "grow") else config.kl_start_all
-        balance = config.balance if phase in ("initial", "grow") else 0.0
+        kl_start = config.kl_start if phase == "initial" else config.kl_start_later
 
         def step_loss(x, epoch, progress):
             kl_weight = min(1.0, kl_start + config.kl_per_epoch * epoch)
-            return tree.loss(x, kl_weight, balance * max(0.0, 1 - progress / 0.7), below=node)
+            return tree.loss(x, kl_weight, below=node)
 
         train_phase(run, step_loss, tree, data.images if everything else data.images[state["mask"].to(run.device)],
                     epochs_of[phase], config.tree_batch_size if everything else config.subtree_batch_size,
@@ -642,6 +663,7 @@ def main(argv=None):
     else:
         run.save(parents=list(tree.parents), tree=tree.state_dict(), training=None)
 
+    train_starts(run, tree, data)
     train_tree(run, tree, data)
     write(folder / "tree.pt", lambda file: torch.save({"parents": tree.parents, "state_dict": tree.state_dict()}, file))
     if run.state["phase"] == "diffusion" and config.diffusion_epochs:

@@ -1,6 +1,6 @@
 """TreeVAE: a variational autoencoder whose latent variables form a binary tree, learnt without labels.
 
-This is stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper, equations (1), (2) and (7)-(21).
+This is stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper, equations (1), (2) and (7)-(21); the text has no (19).
 
 An image x walks from the root to a leaf. At each internal node a *router* says how likely it goes left, so every leaf l
 is reached with a probability P(l; c); the leaves are the clusters. Each node i on the way carries a latent map z_i, and
@@ -48,12 +48,11 @@ class Gaussian(NamedTuple):
         return 0.5 * (ratio - 1 + other.var.log() - self.var.log()).flatten(1).sum(1)
 
     def times(self, other):
-        """The product of two normal densities, normalised; eq. (15) with its fractions cleared.
-
-        Precisions add up and the means are weighted by them, so a variance near 0 needs no division by it.
+        """The product of two normal densities, normalised: eq. (15) with its fractions cleared, so that no variance near
+        0 is divided by. The share of `self` in the mean is its share of the precision.
         """
-        total = self.var + other.var
-        return Gaussian((self.mu * other.var + other.mu * self.var) / total, self.var * other.var / total)
+        share = other.var / (self.var + other.var)
+        return Gaussian(share * self.mu + (1 - share) * other.mu, share * self.var)
 
 
 class Path(NamedTuple):
@@ -84,8 +83,8 @@ class Conv(nn.Conv2d):
 def block(c_in, c_out, kernel=1, conv=Conv, **kwargs):
     """Convolution, batch norm, activation: what every network here is made of.
 
-    Batch norm is more than speed in the routers: it centres what the logit is made from, so that a fresh router starts
-    by dividing its images. With group norm the first router sent all images to one side within an epoch.
+    Batch norm is more than speed: it centres what a router's logit is made from, so that a fresh router divides its images.
+    With group norm in its place the first router sent all of Fashion-MNIST to one side within an epoch.
     """
     return nn.Sequential(conv(c_in, c_out, kernel, **kwargs), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
@@ -140,7 +139,10 @@ def make_decoder(network, image_shape, width, channels, r):
 
 
 class ToGaussian(nn.Module):
-    """Features (B, c_in, r, r) -> a Gaussian of z: a linear mean, eq. (13), and the softplus of a linear variance, eq. (14)."""
+    """Features (B, c_in, r, r) -> a Gaussian of z: a linear mean, eq. (13), and the softplus of a linear variance, eq. (14).
+
+    Linear over the channels of each position: a 1 x 1 convolution.
+    """
 
     def __init__(self, c_in, channels):
         super().__init__()
@@ -205,7 +207,8 @@ class TreeVAE(nn.Module):
                  representation_dim=4, max_depth=7, network="cnn", width=32, parents=(-1, 0, 0)):
         super().__init__()
         r = representation_dim
-        if likelihood not in ("bernoulli", "gaussian") or r not in (1, 2, 4) or network not in ("cnn", "mlp")[:1 + (r == 1)]:
+        if likelihood not in ("bernoulli", "gaussian") or r not in (1, 2, 4) or network not in ("cnn", "mlp") or (
+                network == "mlp" and r != 1):
             raise ValueError(f"likelihood {likelihood!r} with representation_dim {r} and network {network!r}: choose among "
                              "bernoulli or gaussian; 1, 2 or 4; cnn, or mlp if representation_dim is 1")
         self.image_shape, self.likelihood, self.max_depth = tuple(image_shape), likelihood, max_depth
@@ -237,7 +240,9 @@ class TreeVAE(nn.Module):
         return [j for j, parent in enumerate(self.parents) if parent == i]
 
     def path_to(self, i):
-        """The ids from the root to node i, both included: P_i."""
+        """The ids from the root to node i, both included: P_i. ValueError for a node that is not in the tree."""
+        if i not in self.ids:
+            raise ValueError(f"node {i} is not in the tree, whose nodes are {self.ids}")
         return ([] if i == 0 else self.path_to(self.parents[i])) + [i]
 
     def depth(self, i):
@@ -255,7 +260,7 @@ class TreeVAE(nn.Module):
             if not wanted:
                 setattr(node, name, None)
             elif getattr(node, name) is None:
-                setattr(node, name, build().to(device))
+                setattr(node, name, build().to(device).train(self.training))
         make("evidence", True, lambda: ToGaussian(self.hidden, c))
         make("transformation", i != 0, lambda: nn.Sequential(self._hidden_block(c), ToGaussian(self.hidden, c)))
         make("router_p", n_children == 2, lambda: Router(c, self.hidden, r, self.kernel))
@@ -279,10 +284,11 @@ class TreeVAE(nn.Module):
         return {children[0]: log_reach + F.logsigmoid(logit), children[1]: log_reach + F.logsigmoid(-logit)}
 
     def _leaf_probs(self, d):
+        """P(l; c) from `bottom_up_pass`: the product of eq. (18)'s decisions on the way, in log space."""
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:
             router = self.nodes[i].router_q
-            log_reach |= self._children_reach(i, log_reach[i], router and router(d[self.depth(i)]))
+            log_reach |= self._children_reach(i, log_reach[i], router(d[self.depth(i)]) if router is not None else None)
         return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
 
     def leaf_probs(self, x):
@@ -306,8 +312,8 @@ class TreeVAE(nn.Module):
                 p = node.transformation(z[self.parents[i]])                    # eq. (8)
                 q = q.times(p)                                                 # eqs. (15), (17)
             z[i] = q.sample()
-            logit_q = node.router_q and node.router_q(d_i)                     # eq. (18)
-            logit_p = node.router_p and node.router_p(z[i])                    # eq. (9)
+            logit_q = node.router_q(d_i) if node.router_q is not None else None                     # eq. (18)
+            logit_p = node.router_p(z[i]) if node.router_p is not None else None                    # eq. (9)
             log_reach_q |= self._children_reach(i, log_reach_q[i], logit_q)
             log_reach_p |= self._children_reach(i, log_reach_p[i], logit_p)
             yield Visit(i, z[i], q, p, logit_q, logit_p, log_reach_q[i], log_reach_p[i])
@@ -324,9 +330,10 @@ class TreeVAE(nn.Module):
     def elbo(self, x, below=None):
         """L(x | T), eq. (21), by one sample of the tree: dict of (B,) tensors in nats.
 
-        "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". Each node's terms are weighted by P(i; c):
-        they are expectations over the decisions, taken exactly, because a node matters as often as it is reached.
-        below: only the terms of the nodes on the path to this node and under it, as growing needs them.
+        "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". The expectation over the decisions is exact:
+        each term is multiplied by P(i; c), the probability of reaching its node.
+        below: only the terms of the nodes on the path to this node and under it, which are all that training a split
+        changes; their sum is a part of the ELBO, not to be compared with the whole.
         """
         return self._elbo(x, self.walk(self.bottom_up_pass(x), below))
 
@@ -347,18 +354,18 @@ class TreeVAE(nn.Module):
         return {"elbo": reconstruction - kl_root - kl_nodes - kl_decisions, "reconstruction": reconstruction,
                 "kl_root": kl_root, "kl_nodes": kl_nodes, "kl_decisions": kl_decisions}
 
-    def loss(self, x, kl_weight=1.0, balance_weight=0.0, below=None):
+    def loss(self, x, kl_weight=1.0, commitment_weight=0.0, below=None):
         """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
 
-        -E[log p(x | z)] + kl_weight * (the three KL) + balance_weight * `imbalance`. The means are those of `elbo`'s terms
+        -E[log p(x | z)] + kl_weight * (the three KL) + commitment_weight * `commitment`. The means are those of `elbo`'s terms
         and, as "P_3", of P(l; c) of leaf 3.
         """
         visits = list(self.walk(self.bottom_up_pass(x), below))
         means = {name: term.mean() for name, term in self._elbo(x, visits).items()}
         loss = kl_weight * (means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]) - means["reconstruction"]
-        if balance_weight > 0:
-            loss = loss + balance_weight * imbalance(visits)
-        means |= {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if v.logit_q is None}
+        if commitment_weight > 0:
+            loss = loss + commitment_weight * commitment(visits).mean()
+        means |= {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
         return loss, means
 
     @torch.no_grad()
@@ -392,7 +399,7 @@ class TreeVAE(nn.Module):
         """
         d = self.bottom_up_pass(x)
         if leaf is None:
-            leaf = torch.multinomial(self._leaf_probs(d), 1).squeeze(1)
+            leaf = torch.multinomial(self._leaf_probs(d), 1).squeeze(1)        # l ~ P(l; c), as eq. (6) has it
         paths = [torch.tensor(self.path_to(i)) for i in self.leaves]
         table = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1).to(x.device)    # (n_leaves, D)
         path = self._empty_path(table[leaf])
@@ -400,7 +407,7 @@ class TreeVAE(nn.Module):
             h = self.depth(i)
             rows = (path.nodes[:, h] == i).nonzero().squeeze(1)                # the images whose path has node i
             if len(rows):
-                q = self.nodes[i].evidence(d[h][rows])
+                q = self.nodes[i].evidence(d[h][rows])                         # eqs. (13)-(17), as in `walk`
                 path.z[rows, h] = (q.times(self.nodes[i].transformation(path.z[rows, h - 1])) if i else q).sample()
         return path
 
@@ -432,7 +439,7 @@ class TreeVAE(nn.Module):
         return path
 
     def decode(self, path):
-        """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1]."""
+        """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1], to which colour is clamped."""
         images = torch.zeros(len(path.z), *self.image_shape, device=path.z.device)
         for leaf in self.leaves:
             h = self.depth(leaf)
@@ -448,7 +455,7 @@ class TreeVAE(nn.Module):
         """The growth rule: which leaf to split. -> (leaf id, (N,) bool mask of its images), or None if none can be.
 
         probs: (N, n_leaves) of `leaf_probs` on the training images. A leaf has the images with P(l; c) >= min(1/#leaves,
-        1/2); the one with the most is split, unless it has fewer than min_images or lies at max_depth.
+        1/2). Of the leaves above max_depth with at least min_images, the one with the most is split.
         """
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
@@ -497,40 +504,37 @@ class TreeVAE(nn.Module):
                 module.requires_grad_(True).train()
 
 
-def imbalance(visits, least=0.1):
-    """How far the decisions are from giving each child at least a tenth of what reaches its parent, in nats; 0 if all do.
+def commitment(visits):
+    """How far the decisions are from tosses of a fair coin: sum_i P(i; c) KL(q(c_i | x) || 1/2), (B,) nats.
 
-    sum_i P(i) max(0, H(least) - H(r_i)), where P(i) and r_i are the batch's mean probability of reaching node i and of going
-    left there, and H the entropy of a decision. Not in the paper: it only keeps a fresh router from sending everything one
-    way, which never recovers; pushing all the way to halves gives worse trees.
+    Not in the paper. A price on it while the very first split forms keeps the router open until both decoders have learnt
+    something to choose between; without it, the router may send everything to the one that happened to be quicker.
     """
-    floor, total = -(least * math.log(least) + (1 - least) * math.log(1 - least)), 0.0
+    total = 0.0
     for v in visits:
         if v.logit_q is not None:
-            log_reach = v.log_reach_q.detach()
-            entropy = 0.0
-            for logit in (v.logit_q, -v.logit_q):
-                log_share = torch.logsumexp(F.logsigmoid(logit) + log_reach, 0) - torch.logsumexp(log_reach, 0)
-                entropy = entropy - log_share.exp() * log_share
-            total = total + log_reach.exp().mean() * F.relu(floor - entropy)
+            left, right = F.logsigmoid(v.logit_q), F.logsigmoid(-v.logit_q)
+            total = total + v.log_reach_q.exp() * (math.log(2) + left.exp() * left + right.exp() * right)
     return total
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     tree = TreeVAE((1, 28, 28), latent_channels=8, bottom_up_channels=32, representation_dim=1, max_depth=3, width=8)
-    x = torch.rand(64, 1, 28, 28)
-    print(f"A tree with parents {tree.parents}: a root and the leaves {tree.leaves}. 64 images x {tuple(x.shape)}.\n")
+    rows, columns = torch.arange(28)[:, None], torch.arange(28)[None]
+    x = torch.stack([((rows - top).abs() < 3) | ((columns - left).abs() < 3) & (top > 13)              # bars, and crosses
+                     for top, left in torch.randint(4, 24, (64, 2))]).float()[:, None]
+    print(f"A tree with parents {tree.parents}: a root and the leaves {tree.leaves}. 64 images of bars and crosses, x {tuple(x.shape)}.\n")
     print("Inference. eq. (12): d_h, one map for each depth, from the encoder down to the root:")
     print("  " + ", ".join(f"d_{h} {tuple(d.shape[1:])}" for h, d in enumerate(tree.bottom_up_pass(x))))
     for v in tree.walk(tree.bottom_up_pass(x)):
         print(f"  node {v.node}: z {tuple(v.z.shape[1:])}, reached with P(i; c) = {v.log_reach_q.exp().mean():.2f}, "
               f"KL(q || p) = {v.q.kl(v.p).mean():.2f} nats" + (", decides" if v.logit_q is not None else ", decodes"))
-    print("\nThe ELBO, eq. (21), in nats an image, while 30 steps of Adam learn these 64 images by heart:")
-    optimizer = torch.optim.Adam(tree.parameters(), lr=3e-3)
-    for step in range(31):
+    print("\nThe ELBO, eq. (21), in nats an image, while 60 steps of Adam learn these 64 images:")
+    optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
+    for step in range(61):
         loss, terms = tree.loss(x)
-        if step % 10 == 0:
+        if step % 20 == 0:
             print(f"  step {step:2d}: " + ", ".join(f"{name} {value.mean():8.2f}" for name, value in terms.items()))
         optimizer.zero_grad()
         loss.backward()
@@ -545,4 +549,4 @@ if __name__ == "__main__":
     print(f"\nGeneration: 5 paths from the prior, z {tuple(path.z.shape)}, nodes {path.nodes.tolist()};\n"
           f"  decoded to images {tuple(tree.decode(path).shape)}.")
     bound = tree.log_likelihood(x[:8], 100).mean()
-    print(f"\nlog p(x) of 8 images: at least {tree.elbo(x[:8])['elbo'].mean():.1f} (ELBO), at least {bound:.1f} (100 samples).")
+    print(f"\nTwo bounds on log p(x) of 8 images: about {tree.elbo(x[:8])['elbo'].mean():.1f} (ELBO), about {bound:.1f} (100 samples).")

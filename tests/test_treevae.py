@@ -309,15 +309,17 @@ def test_pruning_rule():
     assert tree.next_prune(torch.eye(3)[[0] * 500 + [1] * 490 + [2] * 10]) is None
 
 
-def test_imbalance_asks_for_a_tenth_on_each_side():
-    tree, x = make_tree(), images(20)
-    root = next(v for v in tree.walk(tree.bottom_up_pass(x)) if v.node == 0)
-    def of(n_left):
-        return float(treevae.imbalance([root._replace(logit_q=torch.tensor([40.0] * n_left + [-40.0] * (20 - n_left)))]))
-    entropy = -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))
-    one_in_twenty = -(0.05 * math.log(0.05) + 0.95 * math.log(0.95))
-    assert of(10) == of(3) == 0 and of(17) == 0
-    assert of(1) == pytest.approx(entropy - one_in_twenty, abs=1e-5) and of(20) == pytest.approx(entropy, abs=1e-5)
+def test_commitment_is_the_kl_to_a_fair_coin_on_the_way():
+    tree, x = make_tree((-1, 0, 0, 1, 1)), images(6)
+    visits = list(tree.walk(tree.bottom_up_pass(x)))
+    expected = torch.zeros(6)
+    for v in visits:
+        if v.logit_q is not None:
+            q = torch.distributions.Bernoulli(logits=v.logit_q)
+            expected += v.log_reach_q.exp() * torch.distributions.kl_divergence(q, torch.distributions.Bernoulli(0.5))
+    assert torch.allclose(treevae.commitment(visits), expected, atol=1e-6)
+    sure = treevae.commitment([visits[0]._replace(logit_q=torch.tensor([40.0, -40.0, 0.0]), log_reach_q=torch.zeros(3))])
+    assert sure.tolist() == pytest.approx([math.log(2), math.log(2), 0])
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -364,7 +366,7 @@ def test_shapes_train_grow_and_a_batch_of_one(shape, likelihood, r):
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss, _ = tree.loss(x, kl_weight=0.1, balance_weight=1.0)
+        loss, _ = tree.loss(x, kl_weight=0.1, commitment_weight=1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
