@@ -177,11 +177,11 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, one head for each 64 channels, added to its input."""
+    """Self-attention over the positions of a feature map, added to its input; heads of 64 channels where those divide."""
 
     def __init__(self, c):
         super().__init__()
-        self.heads = max(1, c // 64)
+        self.heads = c // math.gcd(c, 64)
         self.norm, self.qkv, self.out = nn.GroupNorm(math.gcd(32, c), c), nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x):

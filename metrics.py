@@ -136,10 +136,11 @@ def main(argv=None):
     """Load a run, measure it, print the table, write metrics.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run, such as runs/fashion")
+    parser.add_argument("--data-root", help="folder of downloaded data sets (default: the run's)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the ELBO's samples (default: 0)")
     flags = parser.parse_args(argv)
-    config, device, data, tree, _ = train.load_run(flags.run, flags.device, need_diffusion=False)
+    config, device, data, tree, _ = train.load_run(flags.run, flags.device, flags.data_root, need_diffusion=False)
     torch.manual_seed(flags.seed)
     result = evaluate(tree, data.test_images.to(device), data.test_labels)
     result = {"dataset": config.dataset, "preset": config.preset, "seed": config.seed, **result}

@@ -26,12 +26,12 @@ from treevae import Path
 class Painter:
     """A run with the settings of sampling: from paths to images."""
 
-    def __init__(self, folder, device, steps, eta):
-        self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device)
+    def __init__(self, folder, device, steps, eta, data_root=None):
+        self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device, data_root)
         self.diffusion, self.steps, self.eta = Diffusion(self.config.timesteps).to(self.device), steps, eta
 
     def noise(self, n):
-        """x_T: (n, C, H, W), drawn on the CPU so that a seed means the same images on every device."""
+        """x_T: (n, C, H, W), all at once and on the CPU, so that neither batches nor the device change it."""
         return torch.randn(n, *self.tree.image_shape).to(self.device)
 
     @torch.no_grad()
@@ -98,17 +98,19 @@ def main(argv=None):
     """Load a run, draw its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run, such as runs/fashion")
-    parser.add_argument("--leaf", type=int, help="only draw new images of this leaf (a node id, as in tree.png)")
-    parser.add_argument("--node", type=int, help="only draw new images of the leaves below this node")
+    parser.add_argument("--data-root", help="folder of downloaded data sets (default: the run's)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--leaf", type=int, help="only draw new images of this leaf (a node id, as in tree.png)")
+    one.add_argument("--node", type=int, help="only draw new images of the leaves below this node")
     parser.add_argument("--steps", type=int, default=100, help="DDIM steps, 1..T (default: 100)")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM noise: 0 none, 1 as in DDPM (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of paths and noise (default: 0)")
     parser.add_argument("--n", type=int, default=8, help="images a row, 1..64 (default: 8)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute (default: auto)")
     flags = parser.parse_args(argv)
-    if not 1 <= flags.n <= 64 or flags.eta < 0:
-        train.fail(f"--n must be in 1..64 and --eta at least 0, not {flags.n} and {flags.eta}")
-    folder, painter = File(flags.run), Painter(flags.run, flags.device, flags.steps, flags.eta)
+    if not (1 <= flags.n <= 64 and 0 <= flags.eta <= 1 and 0 <= flags.seed < 2 ** 31):
+        train.fail(f"--n must be in 1..64, --eta in 0..1 and --seed in 0..2147483647, not {flags.n}, {flags.eta} and {flags.seed}")
+    folder, painter = File(flags.run), Painter(flags.run, flags.device, flags.steps, flags.eta, flags.data_root)
     tree, n = painter.tree, flags.n
     if not 1 <= flags.steps <= painter.config.timesteps:
         train.fail(f"--steps must be in 1..{painter.config.timesteps}, not {flags.steps}")

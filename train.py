@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -43,6 +44,11 @@ def fail(sentence):
     """End the program with one sentence on stderr and exit code 2: for mistakes of the user, not of the code."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def first_line(error):
+    """What an exception says, shortened to one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":. ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,8 +79,8 @@ class Config:
     tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units", least=1)
     max_depth: int = setting(6, "depth the tree may reach", least=1)
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
-    tree_batch_size: int = setting(256, "images a step, all parameters", least=1)
-    subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=1)
+    tree_batch_size: int = setting(256, "images a step, all parameters", least=2)
+    subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=2)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
@@ -109,18 +115,19 @@ PRESETS = {
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
                   dropout=0.1, diffusion_batch_size=256, diffusion_lr=4e-4, warmup_steps=1000,
                   initial_epochs=30, subtree_epochs=12, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.032),
-    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7, max_leaves=10,
-                  tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
+    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7,
+                  max_leaves=10, tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
                   kl_start_later=0.5, kl_per_epoch=0.001, starts=0, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
 DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64)}
-QUICK = dict(starts=2, start_epochs=1, max_images=1024, tree_batch_size=128, subtree_batch_size=64, diffusion_batch_size=64, initial_epochs=1, subtree_epochs=1, intermediate_epochs=1, finetune_epochs=1, diffusion_epochs=1, max_leaves=4,
-             unet_channels=16, warmup_steps=5)
-HOW_LONG = {"tiny": "about 10 minutes for shapes, 45 for fashion on 2 cores", "small": "not measured yet",
-            "paper": "hours on a GPU: some 2,000 epochs of stage 1 and 300 of stage 2"}
+QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
+             finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
+HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 35",
+            "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
+            "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
 
 def int_list(text):
@@ -176,17 +183,14 @@ def load_data(config):
         return Data(*draw_shapes(8000, seed=0), *draw_shapes(2000, seed=1), SHAPES)
     kind = {"fashion": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[config.dataset]
     folder = File(config.data_root) / kind.__name__
-    fresh = [p for p in [folder / "raw", folder, *folder.parents] if not p.exists()]
+    fresh = [path for path in [folder, *folder.parents] if not path.exists()]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             parts = [kind(config.data_root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as error:
-        for path in fresh:                                             # leave no half of a download behind
-            if path.is_dir():
-                for file in path.iterdir():
-                    file.unlink()
-                path.rmdir()
-        fail(f"no {kind.__name__} in {config.data_root!r}, and downloading it failed ({str(error).splitlines()[0]}); "
+        if fresh:                                                      # leave no half of a download behind
+            shutil.rmtree(fresh[-1], ignore_errors=True)
+        fail(f"{kind.__name__} can be neither read from {config.data_root!r} nor downloaded ({first_line(error)}); "
              "connect to the network once, or point --data-root at a folder that has it")
     train, test = [(part.data[:, None], part.targets) for part in parts]
     return Data(*train, *test, parts[0].classes)
@@ -196,7 +200,7 @@ def load_data(config):
 # The run: its folder, its files, its live line
 # ---------------------------------------------------------------------------------------------------------------------
 
-LIVE_SECONDS, SAVE_SECONDS = 0.5, 60.0
+SAVE_SECONDS = 60.0
 
 
 def write(path, save):
@@ -216,7 +220,8 @@ class Run:
 
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
-        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, epoch=0, batch=0, seconds=0.0, log=[], frames=[])
+        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, epoch=0, batch=0,
+                                   parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started = self.saved - self.state["seconds"]
 
@@ -233,12 +238,14 @@ class Run:
         write(self.folder / "checkpoint.pt", lambda file: torch.save(self.state, file))
         self.saved = time.monotonic()
 
+    def due(self):
+        """Whether the live line wants to be redrawn: twice a second on a terminal, once a minute in a log."""
+        return time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 60)
+
     def say(self, text, last=False):
-        """The live line: redrawn twice a second on a terminal; in a log, at the end of a phase and once a minute."""
-        tty, now = sys.stdout.isatty(), time.monotonic()
-        if last or now - self.shown > (LIVE_SECONDS if tty else 60):
-            print(f"\r\033[K{text}" if tty else text, end="\n" if last or not tty else "", flush=True)
-            self.shown = now
+        """The live line, which its last version leaves standing."""
+        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
+        self.shown = time.monotonic()
 
 
 def random_state(device):
@@ -249,10 +256,11 @@ def random_state(device):
     return states
 
 
-def set_random_state(states):
-    """Put back what `random_state` gave."""
-    for name, state in states.items():
-        torch.set_rng_state(state) if name == "cpu" else torch.get_device_module(name).set_rng_state(state)
+def set_random_state(states, device):
+    """Put back what `random_state` gave, as far as this device has a part in it."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def clock(seconds):
@@ -278,14 +286,19 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
     if state.get("training"):                                          # resumed in the middle of this phase
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
-        set_random_state(state["random"])
+        set_random_state(state["random"], device)
     batch_size = min(batch_size, len(images))
     n_batches = len(images) // batch_size                              # what is left over joins another epoch's batches
     sums, began, done = state["sums"] if state.get("training") else {}, time.monotonic(), 0
 
-    def checkpoint(epoch, batch):
-        parts = {name: part.state_dict() for name, part in saved.items()}
-        run.save(epoch=epoch, batch=batch, training=parts, sums={name: float(value) for name, value in sums.items()})
+    def means(n):
+        """The means of what was logged in the n steps of this epoch; stops the run where one is not a number."""
+        values = {name: float(value) / n for name, value in sums.items()}
+        if not math.isfinite(sum(values.values())):
+            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            fail(f"{title}, epoch {epoch + 1}, step {batch + 1}: {bad} is not a number any more; checkpoint.pt still holds the last "
+                 "good state; start anew with a lower learning rate or another --seed")
+        return values
 
     for epoch in range(state["epoch"], epochs):
         shuffle = torch.Generator().manual_seed(1_000_003 * run.config.seed + len(state["log"]))   # the same when resumed
@@ -305,26 +318,27 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
             done += 1
-            now = time.monotonic()
-            if now - run.shown > LIVE_SECONDS:
-                left = (now - began) / done * (epochs * n_batches - step - 1)
-                means = "  ".join(f"{name} {float(value) / (batch + 1):.4g}" for name, value in sums.items() if "P_" not in name)
-                run.say(f"{title}  epoch {epoch + 1}/{epochs}  {means}  {done * batch_size / (now - began):.0f} images/s  "
-                        f"{clock(left)} left in this phase")
-            if now - run.saved > SAVE_SECONDS:
-                checkpoint(epoch, batch + 1)
-        means = {name: float(value) / n_batches for name, value in sums.items()}
-        if not math.isfinite(sum(means.values())):
-            fail(f"the loss is not a number any more, in {title}, epoch {epoch + 1}; the last good state is in checkpoint.pt: "
-                 "try a lower learning rate or another --seed")
-        shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in means.items() if "P_" in name)
+            if run.due():
+                speed = done / (time.monotonic() - began)
+                run.say(f"{title}  epoch {epoch + 1}/{epochs}  {in_words(means(batch + 1))}  {speed * batch_size:.0f} images/s  "
+                        f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
+            if time.monotonic() - run.saved > SAVE_SECONDS:
+                means(batch + 1)
+                run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
+                         sums={name: float(value) for name, value in sums.items()})
+        row = means(n_batches)
+        shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in row.items() if name.startswith("P_"))
         state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=state["phase"], node=state["node"],
-                                 epoch=epoch + 1, **{name: round(value, 5) for name, value in means.items() if "P_" not in name},
+                                 epoch=epoch + 1, **{name: round(value, 5) for name, value in row.items() if not name.startswith("P_")},
                                  leaf_shares=shares))
         sums.clear()
         state["batch"] = 0
-    summary = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "P_" not in name)
-    run.say(f"{clock(time.monotonic() - run.started)}  {title}, {epochs} epochs: {summary}", last=True)
+    run.say(f"{clock(time.monotonic() - run.started)}  {title}, {epochs} epochs: {in_words(row)}", last=True)
+
+
+def in_words(terms):
+    """{"elbo": -240.12, "P_3": 0.2} -> "elbo -240.1": the terms of the loss, without the leaves' shares."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in terms.items() if not name.startswith("P_"))
 
 
 def decayed(lr, how, progress, epoch):
@@ -419,7 +433,7 @@ def build_denoiser(config, tree):
 
 def autocast(config, device):
     """bfloat16 where the device computes with it, else nothing."""
-    able = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+    able = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and able)
 
@@ -539,8 +553,8 @@ def draw_training(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
-    """argv -> Config of an unstarted run, --resume, --quick. Order: preset, data set, --quick, then what was typed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    """argv -> Config, whether to resume. What is not typed comes from --quick, the data set or the preset, in this order."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
     parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
     for f in fields(Config):
@@ -554,29 +568,40 @@ def parse_flags(argv):
     resume, quick = flags.pop("resume"), flags.pop("quick")
     typed = {name: value for name, value in flags.items() if value is not None}
     dataset = typed.get("dataset", "shapes")
-    typed.setdefault("out", f"runs/{dataset}")
+    typed["out"] = typed.get("out") or f"runs/{dataset}"
+    if resume:
+        kept = [name for name in typed if name not in ("dataset", "out", "device", "data_root")] + ["quick"] * quick
+        if kept:
+            fail(f"a resumed run keeps its own settings: leave out --{kept[0].replace('_', '-')}, or train in another folder with --out")
+        return load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed}), True
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
     defaults = PRESETS[preset] | DATASET_DEFAULTS.get(dataset, {}) | (QUICK if quick else {})
-    config = Config(**(defaults | typed | dict(preset=preset + (" --quick" if quick else ""))))
-    check(config)
-    return config, resume
+    return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), False
 
 
 def check(config):
-    """Refuse settings that cannot work, by name, before anything is written."""
+    """The config, if its settings can work; else a failure that names the one that cannot, before anything is written."""
     for f in fields(Config):
-        value = getattr(config, f.name)
-        if f.type in (int, float) and not f.metadata["least"] <= value < math.inf:
-            fail(f"--{f.name.replace('_', '-')} must be a number of at least {f.metadata['least']}, not {value}")
+        value, flag, choices = getattr(config, f.name), "--" + f.name.replace("_", "-"), f.metadata["choices"]
+        if type(value) is not f.type and not (f.type is float and type(value) is int):
+            fail(f"{flag} must be of type {f.type.__name__}, not {value!r}")
+        if choices and value.removesuffix(" --quick") not in choices:
+            fail(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        if f.type in (int, float) and not f.metadata["least"] <= value < 2 ** 31:
+            fail(f"{flag} must be a number of at least {f.metadata['least']}, not {value}")
     for name in ("unet_multipliers", "unet_attention"):
-        if not all(part.isdigit() and int(part) > 0 for part in getattr(config, name).split(",") if part) or not config.unet_multipliers:
+        parts = getattr(config, name).split(",") if getattr(config, name) or name == "unet_multipliers" else []
+        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             fail(f"--{name.replace('_', '-')} must be whole numbers separated by commas, such as 1,2,2, not {getattr(config, name)!r}")
     if config.representation_dim not in (1, 2, 4) or config.network == "mlp" and config.representation_dim != 1:
         fail("--representation-dim must be 1, 2 or 4, and 1 with --network mlp")
-    if config.max_leaves > 2 ** config.max_depth:
+    if config.max_leaves > 2 ** min(config.max_depth, 30):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
+    if config.unet_channels % 2 or config.dropout >= 1 or config.max_images == 1:
+        fail("--unet-channels must be even, --dropout below 1 and --max-images not 1: batch norm needs two images")
+    return config
 
 
 def load_checkpoint(path, device):
@@ -584,22 +609,22 @@ def load_checkpoint(path, device):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        fail(f"{path} is missing: this run has not come that far; go on with python train.py --resume")
+        fail(f"{path} is missing: this run has not come that far, or trains no stage 2 (--diffusion-epochs 0); "
+             f"go on with python train.py --resume --out {File(path).parent}")
     except Exception as error:                                         # a damaged file shows itself in many ways
         fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours; train again, or put back a copy")
 
 
-def load_config(folder):
-    """config.json of a run's folder -> Config; a clear failure if there is none or it is not one of ours."""
+def load_config(folder, **changes):
+    """config.json of a run's folder -> Config, with changes; a clear failure if there is none or it is not one of ours."""
     path = File(folder) / "config.json"
     try:
-        config = Config(**json.loads(path.read_text()))
+        config = Config(**(json.loads(path.read_text()) | changes | dict(out=str(folder))))
     except FileNotFoundError:
         fail(f"there is no run in {str(folder)!r} (no config.json); train one with python train.py --out {folder}")
     except (ValueError, TypeError, OSError) as error:
-        fail(f"{path} is not a run's settings: {error}")
-    config.out = str(folder)
-    return config
+        fail(f"{path} is not a run's settings: {first_line(error)}")
+    return check(config)
 
 
 def pick_device(name):
@@ -612,9 +637,9 @@ def pick_device(name):
     return torch.device(name if name != "auto" else [n for n, yes in there.items() if yes][0])
 
 
-def load_run(folder, device="auto", need_diffusion=True):
+def load_run(folder, device="auto", data_root=None, need_diffusion=True):
     """A trained run -> (config, device, data, tree, networks), in eval mode; networks is None where there is no stage 2."""
-    config = load_config(folder)
+    config = load_config(folder, **({"data_root": data_root} if data_root else {}))
     device, data = pick_device(device), load_data(config)
     saved = load_checkpoint(File(folder) / "tree.pt", device)
     networks = None
@@ -626,42 +651,40 @@ def load_run(folder, device="auto", need_diffusion=True):
             networks.load_state_dict(load_checkpoint(File(folder) / "diffusion.pt", device))
             networks.requires_grad_(False).eval()
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        fail(f"the weights in {folder} do not fit its config.json ({str(error).splitlines()[0]})")
+        fail(f"the weights in {folder} do not fit its config.json ({first_line(error)})")
     return config, device, data, tree.requires_grad_(False).eval(), networks
 
 
 def main(argv=None):
-    """The recipe: settings, folder, data, stage 1, stage 2, pictures."""
+    """The recipe: settings, data, folder, stage 1, stage 2, pictures."""
     config, resume = parse_flags(argv)
-    folder, state = File(config.out), None
-    if resume:
-        config = load_config(folder)
-    elif (folder / "config.json").exists() and not load_config(folder).preset.endswith("--quick"):
+    folder = File(config.out)
+    if not resume and (folder / "config.json").exists() and not load_config(folder).preset.endswith("--quick"):
         fail(f"{folder} holds a run already: go on with it by --resume, choose another folder by --out, or delete it")
-    device = pick_device(config.device)
+    device, data = pick_device(config.device), load_data(config)
+    state = load_checkpoint(folder / "checkpoint.pt", "cpu") if resume else None
+    data = data._replace(images=data.images[:config.max_images or None].to(device))
+    print(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset}; on "
+          f"{device} ({torch.get_num_threads()} threads); into {folder}\n{HOW_LONG.get(config.preset, 'half a minute')}", flush=True)
     torch.manual_seed(config.seed)
-    data = load_data(config)
-    print(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset} on "
-          f"{device} ({torch.get_num_threads()} threads); into {folder}\n"
-          f"should take {HOW_LONG.get(config.preset, 'less than a minute')}", flush=True)
-    if resume:
-        state = load_checkpoint(folder / "checkpoint.pt", "cpu")
-    else:
+    try:
+        run = Run(config, device, state)
+        tree = build_tree(config, tuple(data.images.shape[1:]), run.state["parents"]).to(device)
+        if resume:
+            tree.load_state_dict(state["tree"])
+            set_random_state(state["random"], device)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{folder / 'checkpoint.pt'} does not fit the run's config.json ({first_line(error)})")
+    if not resume:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in ("checkpoint.pt", "tree.pt", "diffusion.pt", "log.csv"):
-                (folder / old).unlink(missing_ok=True)
+            for old in folder.iterdir():                               # of a --quick run
+                if old.suffix in (".pt", ".json", ".csv", ".png", ".part"):
+                    old.unlink()
+            run.save(tree=tree.state_dict(), training=None)
             write(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
-    data = data._replace(images=data.images[:config.max_images or None].to(device))
-    run = Run(config, device, state)
-    tree = build_tree(config, tuple(data.images.shape[1:]), run.state.get("parents", (-1, 0, 0))).to(device)
-    if state is not None:
-        tree.load_state_dict(state["tree"])
-        set_random_state(state["random"])
-    else:
-        run.save(parents=list(tree.parents), tree=tree.state_dict(), training=None)
 
     train_starts(run, tree, data)
     train_tree(run, tree, data)
@@ -669,9 +692,10 @@ def main(argv=None):
     if run.state["phase"] == "diffusion" and config.diffusion_epochs:
         train_diffusion(run, tree, data)
     draw_training(run)
-    sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves))
-    print("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes.tolist()))
-          + f"\ndone in {clock(time.monotonic() - run.started)}; now: python sample.py {folder} and python metrics.py {folder}")
+    sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves)).tolist()
+    print("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
+    print(f"done in {clock(time.monotonic() - run.started)}; now: "
+          + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
 
 
 if __name__ == "__main__":
