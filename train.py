@@ -272,17 +272,17 @@ def clock(seconds):
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, title, weight_decay=0.0, grad_clip=None,
-                after_step=lambda: None, extra=None):
-    """The loop of every phase: epochs over `images` (uint8) with a fresh Adam; resumes in the middle of an epoch.
+def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, lr_decay, weight_decay=0.0, warmup_steps=1,
+                grad_clip=None, ema=None):
+    """The loop of every phase: epochs over `images` (uint8) with a fresh Adam. Resumes in the middle of an epoch.
 
     step_loss(x, epoch, progress) -> the scalar to minimise, {name: scalar} to log; x (B, C, H, W) in [0, 1], progress 0..1.
-    lr_at(epoch, step, n_steps) -> learning rate. extra: more networks to save with the checkpoint, {name: module}.
+    lr_decay: "cosine" to 0 over the phase, "step" x0.1 every 100 epochs, or "constant"; after warmup_steps from 0, linearly.
     """
     state, device = run.state, run.device
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1.0, weight_decay=weight_decay,
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay,
                                  fused=device.type in ("cuda", "cpu"))
-    saved = {"network": network, "optimizer": optimizer, **(extra or {})}
+    saved = {"network": network, "optimizer": optimizer} | ({"ema": ema} if ema else {})
     if state.get("training"):                                          # resumed in the middle of this phase
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
@@ -305,16 +305,18 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
         order = torch.randperm(len(images), generator=shuffle).to(device)
         for batch in range(state["batch"], n_batches):
             step = epoch * n_batches + batch
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(epoch, step, epochs * n_batches)
+            progress = step / (epochs * n_batches)
+            decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[lr_decay]
+            optimizer.param_groups[0]["lr"] = lr * decay * min(1, (step + 1) / warmup_steps)
             x = images[order[batch * batch_size:(batch + 1) * batch_size]].float() / 255
-            loss, terms = step_loss(x, epoch, step / (epochs * n_batches))
+            loss, terms = step_loss(x, epoch, progress)
             optimizer.zero_grad()
             loss.backward()
             if grad_clip:
                 nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
             optimizer.step()
-            after_step()
+            if ema:
+                ema.update_parameters(network)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
             done += 1
@@ -339,11 +341,6 @@ def train_phase(run, step_loss, network, images, epochs, batch_size, lr_at, titl
 def in_words(terms):
     """{"elbo": -240.12, "P_3": 0.2} -> "elbo -240.1": the terms of the loss, without the leaves' shares."""
     return "  ".join(f"{name} {value:.4g}" for name, value in terms.items() if not name.startswith("P_"))
-
-
-def decayed(lr, how, progress, epoch):
-    """The learning rate lr after a share `progress` of its phase: cosine to 0, x0.1 every 100 epochs, or constant."""
-    return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[how]
 
 
 @torch.no_grad()
@@ -383,8 +380,8 @@ def train_starts(run, tree, data):
         def step_loss(x, epoch, progress):
             return tree.loss(x, config.kl_start + config.kl_per_epoch * epoch, config.commitment * max(0.0, 1 - progress / 0.9))
         tree.train_only()
-        train_phase(run, step_loss, tree, data.images, config.start_epochs, config.tree_batch_size,
-                    lambda epoch, step, n: config.tree_lr, f"start {k + 1} of {config.starts}", weight_decay=config.weight_decay)
+        train_phase(run, f"start {k + 1} of {config.starts}", step_loss, tree, data.images, config.start_epochs,
+                    config.tree_batch_size, config.tree_lr, "constant", config.weight_decay)
         elbo, best = state["log"][-1]["elbo"], state["best"]
         if best is None or elbo > best["elbo"]:
             best = dict(elbo=elbo, tree={name: value.clone() for name, value in tree.state_dict().items()})
@@ -400,19 +397,18 @@ def train_tree(run, tree, data):
     epochs_of = dict(initial=config.initial_epochs, grow=config.subtree_epochs, intermediate=config.intermediate_epochs,
                      finetune=config.finetune_epochs)
     while (phase := state["phase"]) in epochs_of:
-        node, everything = state["node"], phase != "grow"
-        tree.train_only(node)
+        node = state["node"]                                           # the leaf that was split; None if everything trains
         kl_start = config.kl_start if phase == "initial" else config.kl_start_later
 
         def step_loss(x, epoch, progress):
-            kl_weight = min(1.0, kl_start + config.kl_per_epoch * epoch)
-            return tree.loss(x, kl_weight, below=node)
+            return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), below=node)
 
-        train_phase(run, step_loss, tree, data.images if everything else data.images[state["mask"].to(run.device)],
-                    epochs_of[phase], config.tree_batch_size if everything else config.subtree_batch_size,
-                    lambda epoch, step, n: decayed(config.tree_lr, config.tree_lr_decay, step / n, epoch),
-                    phase + ("" if everything else f" {node}"), weight_decay=config.weight_decay)
-        state["frames"].append(dict(picture_of(tree, data.images), title=phase + ("" if everything else f": node {node} was split")))
+        tree.train_only(node)
+        train_phase(run, phase if node is None else f"grow {node}", step_loss, tree,
+                    data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
+                    config.tree_batch_size if node is None else config.subtree_batch_size,
+                    config.tree_lr, config.tree_lr_decay, config.weight_decay)
+        state["frames"].append(dict(picture_of(tree, data.images), title=phase if node is None else f"node {node} is split"))
         phase, node, mask = next_phase(tree, data.images, config, phase)
         run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
@@ -453,7 +449,6 @@ def train_diffusion(run, tree, data):
     config, device = run.config, run.device
     tree.requires_grad_(False).eval()
     diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree).to(device)
-
     ema = moving_average(networks, config.ema_decay)
 
     def step_loss(x, epoch, progress):
@@ -463,10 +458,8 @@ def train_diffusion(run, tree, data):
             loss = diffusion.loss(networks["unet"], 2 * x - 1, networks["path_encoder"](*path))       # eq. (30)
         return loss, {"loss": loss}
 
-    train_phase(run, step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
-                lambda epoch, step, n: min(1, (step + 1) / config.warmup_steps) * decayed(
-                    config.diffusion_lr, config.diffusion_lr_decay, step / n, epoch),
-                "diffusion", grad_clip=config.grad_clip, after_step=lambda: ema.update_parameters(networks), extra={"ema": ema})
+    train_phase(run, "diffusion", step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
+                config.diffusion_lr, config.diffusion_lr_decay, 0.0, config.warmup_steps, config.grad_clip, ema)
     write(run.folder / "diffusion.pt", lambda file: torch.save(ema.module.state_dict(), file))
     run.save(phase="done", training=None)
 
