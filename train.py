@@ -84,7 +84,7 @@ class Config:
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    starts: int = setting(4, "trees to start with, of which the one with the best ELBO goes on; 0: one, without more ado")
+    starts: int = setting(10, "trees to start with, of which the one with the best ELBO goes on; 0: one, without more ado")
     start_epochs: int = setting(2, "epochs of each", least=1)
     commitment: float = setting(10.0, "price, in nats a nat, of decisions that differ from a coin toss; falls to 0 during these")
     initial_epochs: int = setting(12, "epochs of the root and its two leaves", least=1)
@@ -122,7 +122,7 @@ PRESETS = {
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
-DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64)}
+DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, starts=4, diffusion_epochs=8)}
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 35",
