@@ -76,7 +76,7 @@ def draw_tree(painter, images, file):
     tree, data = painter.tree, painter.data
     column = train.leaf_probs(tree, data.test_images.to(painter.device)).argmax(1).cpu()
     shares = (torch.bincount(column, minlength=len(tree.leaves)) / len(column)).tolist()
-    figure, ax = plt.subplots(figsize=(1.25 * len(tree.leaves) + 1, 7))
+    figure, ax = plt.subplots(figsize=(1.5 * len(tree.leaves) + 1, 8))
     bottom = train.draw_tree(ax, tree.parents, tree.leaves, shares, (255 * images[:, :3].clamp(0, 1)).byte())
     if data.classes:
         colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))

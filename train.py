@@ -496,7 +496,8 @@ def draw_tree(ax, parents, leaves, shares, images):
             ax.text(x, y, i, ha="center", va="center", fontsize=6, zorder=2, bbox=dict(boxstyle="circle", fc="white", ec="0.5"))
     for column, leaf in enumerate(leaves):
         for row, image in enumerate(images[column]):
-            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03), zorder=3)
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), zorder=3,
+                      extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03))
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
     bottom = -row - 1.75
     ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
@@ -512,32 +513,29 @@ def save_figure(figure, path):
 
 def draw_training(run):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
-    rows = run.state["log"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    tree_rows = [row for row in rows if "elbo" in row]
-    everything = [row["phase"] != "grow" for row in tree_rows]
+    rows = [row for row in run.state["log"] if row["phase"] not in ("start", "diffusion")]
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
-        for name in names:
-            ax.plot([row[name] if all_of_it else math.nan for row, all_of_it in zip(tree_rows, everything)], ".-", label=name)
-        for k, row in enumerate(tree_rows):
+        for name in names:                                             # while a split trains its terms are those of one branch
+            ax.plot([math.nan if row["phase"] == "grow" else row[name] for row in rows], ".-", label=name)
+        for k, row in enumerate(rows):
             if row["phase"] == "grow":
                 ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
         ax.legend()
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in run.state["log"] if row["phase"] == "diffusion"]
     axes[2].plot(range(1, len(losses) + 1), losses, ".-")
     axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
     save_figure(figure, run.folder / "curves.png")
 
-    frames = run.state["frames"]
-    columns = 4
+    frames, columns = run.state["frames"], 4
     lines = math.ceil(len(frames) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(15, 2.6 * lines), layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for k, (ax, frame) in enumerate(zip(axes.flat, frames)):
-        ax.set_title(frame["title"], fontsize=9)
-        draw_tree(ax, **{name: value for name, value in frame.items() if name != "title"})
+    for ax, frame in zip(axes.flat, frames):
+        ax.set_title(frame.pop("title"), fontsize=9)
+        draw_tree(ax, **frame)
     save_figure(figure, run.folder / "growth.png")
 
 
