@@ -46,7 +46,9 @@ class Diffusion(nn.Module):
     # -- the forward process ------------------------------------------------------------------------------------------
 
     def add_noise(self, x0, t, eps):
-        """A sample of q(x_t | x_0), eqs. (5) and (24): the paper's t applications of the chain (3), (4), (22), (23) in one go."""
+        """A sample of q(x_t | x_0), eqs. (5) and (24): in one go, what the chain of eqs. (3), (4), (22), (23) does in the
+        paper's t steps of x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise.
+        """
         return per_image(self.abar, t).sqrt() * x0 + per_image(self.one_minus_abar, t).sqrt() * eps
 
     def posterior(self, x0, xt, t):
