@@ -102,7 +102,7 @@ class Config:
     dropout: float = setting(0.0, "dropout in the residual blocks")
     timesteps: int = setting(1000, "T, steps of the noise schedule", least=1)
     diffusion_epochs: int = setting(5, "epochs of stage 2; 0 trains only the tree")
-    diffusion_batch_size: int = setting(64, "images a step, stage 2", least=1)
+    diffusion_batch_size: int = setting(32, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
     diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant", ["cosine", "constant"])
     warmup_steps: int = setting(200, "steps in which that rises linearly from 0", least=1)
@@ -122,7 +122,8 @@ PRESETS = {
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
-DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, starts=4, diffusion_epochs=8)}
+DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, starts=4, diffusion_epochs=16,
+                                   unet_channels=16, unet_multipliers="1,2,4")}
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 35",
@@ -499,7 +500,7 @@ def draw_tree(ax, parents, leaves, shares, images):
             ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), zorder=3,
                       extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03))
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
-    bottom = -row - 1.75
+    bottom = -row - 1.55
     ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
     ax.axis("off")
     return bottom
