@@ -79,6 +79,7 @@ class Config:
     tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units", least=1)
     max_depth: int = setting(6, "depth the tree may reach", least=1)
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
+    min_share: float = setting(0.05, "leaves with a smaller share of the images do not count to them, and are pruned at the end")
     tree_batch_size: int = setting(256, "images a step, all parameters", least=2)
     subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=2)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
@@ -101,7 +102,7 @@ class Config:
     unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
     dropout: float = setting(0.0, "dropout in the residual blocks")
     timesteps: int = setting(1000, "T, steps of the noise schedule", least=1)
-    diffusion_epochs: int = setting(5, "epochs of stage 2; 0 trains only the tree")
+    diffusion_epochs: int = setting(4, "epochs of stage 2; 0 trains only the tree")
     diffusion_batch_size: int = setting(32, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
     diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant", ["cosine", "constant"])
@@ -118,7 +119,7 @@ PRESETS = {
     "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7,
                   max_leaves=10, tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
-                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, unet_channels=64, unet_multipliers="1,2,2,2",
+                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, min_share=0.01, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
@@ -363,12 +364,12 @@ def next_phase(tree, images, config, phase):
         return "intermediate", None, None
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-    if (sizes >= 0.01 * len(images)).sum() < config.max_leaves:         # leaves that pruning would take do not count
+    if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:         # leaves that pruning would take do not count
         split = tree.next_split(probs, min_images=config.tree_batch_size)
         if split:
             tree.grow(split[0])
             return "grow", *split
-    while (leaf := tree.next_prune(leaf_probs(tree, images), 0.01 if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
+    while (leaf := tree.next_prune(leaf_probs(tree, images), config.min_share if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
         tree.prune(leaf)
     return "finetune", None, None
 
@@ -591,6 +592,8 @@ def check(config):
         fail("--representation-dim must be 1, 2 or 4, and 1 with --network mlp")
     if config.max_leaves > 2 ** min(config.max_depth, 30):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
+    if config.min_share * config.max_leaves > 1:
+        fail(f"{config.max_leaves} leaves cannot all have a share of {config.min_share}: lower --min-share or --max-leaves")
     if config.unet_channels % 2 or config.dropout >= 1 or config.max_images == 1:
         fail("--unet-channels must be even, --dropout below 1 and --max-images not 1: batch norm needs two images")
     return config

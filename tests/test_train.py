@@ -188,6 +188,7 @@ def test_shapes_are_the_same_everywhere_and_even():
     (["--tree-batch-size", "0"], "--tree-batch-size must be"),
     (["--max-leaves", "1"], "--max-leaves must be"),
     (["--max-leaves", "40", "--max-depth", "5"], "at most 32 leaves"),
+    (["--max-leaves", "30"], "lower --min-share"),
     (["--unet-multipliers", "1,two"], "separated by commas"),
     (["--representation-dim", "4"], "1 with --network mlp"),
     (["--device", "cuda"], "there is no cuda device"),
