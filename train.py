@@ -364,14 +364,17 @@ def next_phase(tree, images, config, phase):
         return "intermediate", None, None
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-    if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:         # leaves that pruning would take do not count
+    if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:      # leaves that pruning will take do not count
         split = tree.next_split(probs, min_images=config.tree_batch_size)
         if split:
             tree.grow(split[0])
             return "grow", *split
-    while (leaf := tree.next_prune(leaf_probs(tree, images), config.min_share if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
+    while True:
+        share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0
+        leaf = tree.next_prune(leaf_probs(tree, images), share)
+        if leaf is None:
+            return "finetune", None, None
         tree.prune(leaf)
-    return "finetune", None, None
 
 
 def train_starts(run, tree, data):
