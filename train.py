@@ -102,7 +102,7 @@ class Config:
     unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
     dropout: float = setting(0.0, "dropout in the residual blocks")
     timesteps: int = setting(1000, "T, steps of the noise schedule", least=1)
-    diffusion_epochs: int = setting(4, "epochs of stage 2; 0 trains only the tree")
+    diffusion_epochs: int = setting(3, "epochs of stage 2; 0 trains only the tree")
     diffusion_batch_size: int = setting(32, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
     diffusion_lr_decay: str = setting("cosine", "cosine (to 0) or constant", ["cosine", "constant"])
