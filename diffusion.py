@@ -206,7 +206,9 @@ class UNet(nn.Module):
 
     One scale for each multiplier, half the side each time; `blocks` residual blocks a scale; self-attention where the
     feature map's side is in `attention`, and in the middle. Images whose side does not halve that often are zero-padded
-    around (28 -> 32 for four scales) and cut back.
+    around (28 -> 32 for four scales) and cut back. Beyond the paper, x_t is added to the output with a gain that depends on t and
+    y and starts at 0: all else passes group norms and cannot tell how strong the noise is, so that without it a small net given
+    10% more noise predicted 1% more, and DDIM left the difference in the image.
     """
 
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3):
@@ -245,6 +247,7 @@ class UNet(nn.Module):
                 if b == blocks and k > 0:
                     self.up[-1].extend([nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)])
                     side *= 2
+        self.gain = nn.Parameter(torch.zeros(self.emb_dim))
         self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, c_image, 3, padding=1)))
 
     def forward(self, x, t, y=None):
@@ -259,8 +262,10 @@ class UNet(nn.Module):
         h = run(self.middle, h, emb)
         for layers in self.up:
             h = run(layers, torch.cat([h, skips.pop()], 1), emb)
-        h = self.last(h)
-        return h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
+        h = self.last(h).float()
+        h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
+        gain = (F.silu(emb.float()) * self.gain).sum(1)                # (B,)
+        return h + gain.view(-1, 1, 1, 1) * x
 
 
 def run(layers, h, emb):
