@@ -127,7 +127,7 @@ DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_bat
                                    unet_channels=16, unet_multipliers="1,2,4")}
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 35",
+HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
             "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
