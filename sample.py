@@ -1,12 +1,13 @@
 """Pictures out of a finished run.
 
-    python sample.py runs/fashion              tree.png, leaves.png, one_root.png and reconstructions.png in the run's folder
+    python sample.py runs/fashion              the pictures below, in the run's folder
     python sample.py runs/fashion --leaf 5     new images of one cluster: leaf_5.png
     python sample.py runs/fashion --node 2     new images of all clusters below a node: node_2.png
 
 tree.png           the tree, generated images at every leaf, the leaf's share of the test images and the classes in it
 leaves.png         new images of each leaf: TreeVAE's own decoder beside the diffusion model, on the same paths
 one_root.png       the same z_0 and the same noise x_T sent through every leaf (Figure 4 of the paper)
+growth.gif         the tree while it grew, a frame after every phase of stage 1
 reconstructions.png    test images, their reconstructions by the tree, and by the diffusion model on the same path
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path as File
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from torchvision.utils import make_grid
 
 import train
@@ -95,6 +97,20 @@ def draw_tree(painter, images, file):
     train.save_figure(figure, file)
 
 
+def draw_growth(frames, file):
+    """growth.gif: the frames that training left, one a second, the last one longer."""
+    figure, ax = plt.subplots(figsize=(8, 5))
+    def draw(k):
+        ax.clear()
+        train.draw_tree(ax, **frames[min(k, len(frames) - 1)])
+        ax.set(xlim=(-0.6, len(frames[-1]["leaves"]) - 0.4), ylim=(-1.7, None))
+    film = FuncAnimation(figure, draw, frames=len(frames) + 3)
+    part = file.with_name("part_" + file.name)                         # the writer goes by the name's end
+    film.save(part, writer="pillow", fps=1, dpi=80)
+    part.replace(file)
+    plt.close(figure)
+
+
 def main(argv=None):
     """Load a run, draw its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,7 +176,8 @@ def main(argv=None):
     for ax, images, who in zip(axes, (x.cpu(), decoded, drawn), ("test images", "TreeVAE's decoder", "diffusion")):
         show(ax, images, 2 * n, who)
     train.save_figure(figure, folder / "reconstructions.png")
-    print(f"wrote tree.png, leaves.png, one_root.png and reconstructions.png into {folder}")
+    draw_growth(train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"], folder / "growth.gif")
+    print(f"wrote tree.png, leaves.png, one_root.png, reconstructions.png and growth.gif into {folder}")
 
 
 if __name__ == "__main__":

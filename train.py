@@ -34,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffusion import Diffusion, UNet
 from path_encoder import PathEncoder
-from treevae import TreeVAE
+from treevae import TreeVAE, two_means
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -63,7 +63,8 @@ def setting(default, help, choices=None, least=0):
 @dataclass
 class Config:
     """All settings of a run; config.json is this, and `python train.py --help` prints it."""
-    dataset: str = setting("shapes", "data set: shapes (embedded), fashion or mnist (downloaded)", ["shapes", "fashion", "mnist"])
+    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), fashion or mnist (downloaded)",
+                           ["shapes", "shapes-rgb", "fashion", "mnist"])
     preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)", ["auto", "tiny", "small", "paper"])
     data_root: str = setting("data", "folder of downloaded data sets")
     out: str = setting("", "the run's folder; runs/<dataset> if empty")
@@ -75,24 +76,26 @@ class Config:
     latent_channels: int = setting(8, "channels of each z_i", least=1)
     bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree", least=1)
     representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4", least=1)
-    network: str = setting("mlp", "encoder and decoders of the tree: mlp (with r = 1), or cnn", ["mlp", "cnn"])
-    tree_width: int = setting(32, "their size: channels next to the image of the cnn; the mlp has 8 and 4 times as many units", least=1)
+    encoder: str = setting("cnn", "cnn, resnet, or mlp (with r = 1)", ["cnn", "resnet", "mlp"])
+    decoder: str = setting("mlp", "the same for the leaves' decoders", ["cnn", "resnet", "mlp"])
+    tree_width: int = setting(32, "their size: channels next to the image of a cnn; an mlp has 8 and 4 times as many units", least=1)
     max_depth: int = setting(6, "depth the tree may reach", least=1)
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
-    min_share: float = setting(0.05, "leaves with a smaller share of the images do not count to them, and are pruned at the end")
+    min_share: float = setting(0.01, "leaves with a smaller share of the images do not count to them, and are pruned at the end")
     tree_batch_size: int = setting(256, "images a step, all parameters", least=2)
     subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=2)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    starts: int = setting(10, "trees to start with, of which the one with the best ELBO goes on; 0: one, without more ado")
-    start_epochs: int = setting(2, "epochs of each", least=1)
-    commitment: float = setting(10.0, "price, in nats a nat, of decisions that differ from a coin toss; falls to 0 during these")
+    contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
+    contrastive_later: float = setting(0.0, "the same in the later phases")
+    augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
+    guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half")
     initial_epochs: int = setting(12, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
-    intermediate_epochs: int = setting(4, "epochs of all parameters after every third split")
-    finetune_epochs: int = setting(16, "epochs of all parameters once the tree is grown and pruned", least=1)
-    kl_start: float = setting(0.02, "KL weight in the first epoch of the start and of the initial phase")
+    intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
+    finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned", least=1)
+    kl_start: float = setting(0.02, "KL weight in the first epoch of the initial phase")
     kl_start_later: float = setting(0.1, "the same in all later phases")
     kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
     # stage 2: the diffusion model
@@ -115,17 +118,17 @@ PRESETS = {
     "tiny": {},
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
                   dropout=0.1, diffusion_batch_size=256, diffusion_lr=4e-4, warmup_steps=1000,
-                  initial_epochs=30, subtree_epochs=12, intermediate_epochs=10, finetune_epochs=40, kl_per_epoch=0.032),
-    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, network="cnn", tree_width=32, max_depth=7,
+                  initial_epochs=20, subtree_epochs=8, finetune_epochs=24, kl_per_epoch=0.045),
+    "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, encoder="cnn", decoder="cnn", tree_width=32, max_depth=7,
                   max_leaves=10, tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
-                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, min_share=0.01, unet_channels=64, unet_multipliers="1,2,2,2",
+                  kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0, guide=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
-DATASET_DEFAULTS = {"shapes": dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, starts=4, diffusion_epochs=10,
-                                   unet_channels=16, unet_multipliers="1,2,4")}
-QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
+DRAWN = dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
+DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}
+QUICK = dict(max_images=2048, max_leaves=4, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
@@ -153,17 +156,18 @@ class Data(NamedTuple):
 SHAPES = [f"{how} {what}" for how in ("filled", "outlined") for what in ("disc", "ellipse", "triangle", "cross")]
 
 
-def draw_shapes(n, seed):
-    """n grey 28 x 28 drawings and their classes: (n, 1, 28, 28) uint8, (n,) long.
+def draw_shapes(n, seed, colour=False):
+    """n drawings and their classes, (n,) long: grey, (n, 1, 28, 28) uint8, or in colour, (n, 3, 32, 32).
 
     The true tree: filled or outlined, then round (disc, ellipse) or angular (triangle, cross), then the shape itself.
-    Position, size, rotation, stroke and brightness vary, but less within a class than between classes.
+    Position, size, rotation, stroke and brightness vary, but less within a class than between classes. In colour, shape and
+    ground have any bright and any dark colour, which says nothing about the class.
     """
-    rng = np.random.default_rng(seed)
+    rng, side = np.random.default_rng(seed), 32 if colour else 28
     label = rng.integers(0, 8, n)
     def vary(low, high):
         return rng.uniform(low, high, (n, 1, 1))
-    y, x = np.mgrid[:28, :28] - 13.5
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
     angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)
     x, y = x - vary(-1, 1), y - vary(-1, 1)
     u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
@@ -175,14 +179,18 @@ def draw_shapes(n, seed):
     distance = np.choose((label % 4)[:, None, None], [disc, ellipse, triangle, cross])
     outlined = (label >= 4)[:, None, None]
     distance = np.where(outlined, np.abs(distance) - vary(1.0, 1.4), distance)
-    images = 255 * vary(0.85, 1) * np.clip(0.5 - distance, 0, 1)
-    return torch.from_numpy(images.astype(np.uint8))[:, None], torch.from_numpy(label)
+    images = (vary(0.85, 1) * np.clip(0.5 - distance, 0, 1))[:, None]
+    if colour:
+        bright, dark = rng.uniform(0.5, 1, (n, 3, 1, 1)), rng.uniform(0, 0.4, (n, 3, 1, 1))
+        images = dark + images * (bright - dark)
+    return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label)
 
 
 def load_data(config):
     """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
-    if config.dataset == "shapes":
-        return Data(*draw_shapes(8000, seed=0), *draw_shapes(2000, seed=1), SHAPES)
+    if config.dataset in ("shapes", "shapes-rgb"):
+        colour = config.dataset == "shapes-rgb"
+        return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
     kind = {"fashion": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[config.dataset]
     folder = File(config.data_root) / kind.__name__
     fresh = [path for path in [folder, *folder.parents] if not path.exists()]
@@ -196,6 +204,53 @@ def load_data(config):
              "connect to the network once, or point --data-root at a folder that has it")
     train, test = [(part.data[:, None], part.targets) for part in parts]
     return Data(*train, *test, parts[0].classes)
+
+
+class Views(NamedTuple):
+    """How much the random views of an image differ; the names are those of torchvision's transforms."""
+    scale: tuple = (0.6, 1.0)        # share of the image's area in the crop, at most 1
+    ratio: tuple = (0.9, 1.1)        # of the crop's width to its height
+    jitter: tuple = (0.5, 0.0)       # brightness and contrast; colour: also saturation and hue
+    jitter_p: float = 1.0
+    grey_p: float = 0.0
+    gamma: float = 0.5               # largest change of the exponent's logarithm
+
+
+VIEWS = {1: Views(), 3: Views((0.2, 1.0), (3 / 4, 4 / 3), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)}   # by channels; colour: the paper's
+
+
+def random_view(x, views):
+    """Another look at images x (B, C, H, W) in [0, 1]: cropped and stretched, flipped, in other colours. The same shape.
+
+    Every image has its own random numbers, in one pass over the batch on its device; torchvision's transforms draw one set
+    a call. The changes of colour are linear, so they make one 3 x 3 matrix; hue turns the colours about the grey axis.
+    """
+    def uniform(low, high):
+        return torch.empty(len(x), device=x.device).uniform_(low, high)
+    area, ratio = uniform(*views.scale), uniform(*map(math.log, views.ratio)).exp()
+    size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)    # (B, 2) width, height; the image's are 1
+    centre = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1) * (1 - size)
+    flip = torch.stack([uniform(-1, 1).sign(), torch.ones(len(x), device=x.device)], 1)
+    grid = nn.functional.affine_grid(torch.cat([torch.diag_embed(size * flip), centre[:, :, None]], 2), x.shape, align_corners=False)
+    x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    def factor(strength):                                                      # 1 where this image is not jittered
+        return torch.where(jittered, uniform(1 - strength, 1 + strength), 1.0)[:, None, None]
+    jittered = uniform(0, 1) < views.jitter_p
+    grey = torch.tensor([0.299, 0.587, 0.114], device=x.device) if x.shape[1] == 3 else torch.ones(1, device=x.device)
+    to_grey, same = grey.expand(len(grey), -1), torch.eye(len(grey), device=x.device)
+    matrix = factor(views.jitter[0]) * same
+    contrast = factor(views.jitter[1])
+    if x.shape[1] == 3:
+        saturation, angle = factor(views.jitter[2]), 2 * math.pi * (factor(views.jitter[3]) - 1)
+        axis = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=x.device) / math.sqrt(3)
+        hue = same + angle.sin() * axis + (1 - angle.cos()) * axis @ axis      # Rodrigues' rotation about (1, 1, 1)
+        matrix = hue @ (saturation * same + (1 - saturation) * to_grey) @ matrix
+        matrix = torch.where((uniform(0, 1) < views.grey_p)[:, None, None], to_grey @ matrix, matrix)
+    x = (matrix @ x.flatten(2)).view_as(x)
+    mean = (grey @ x.flatten(2)).mean(1)[:, None, None, None]
+    x = (contrast[..., None] * x + (1 - contrast[..., None]) * mean).clamp(0, 1)
+    return x ** uniform(-views.gamma, views.gamma).exp()[:, None, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,13 +271,13 @@ def write(path, save):
 class Run:
     """A run's folder and its `state`: all that goes on after an interruption, saved to checkpoint.pt every minute.
 
-    state: phase ("start", "initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
+    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
     epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
     """
 
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
-        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, epoch=0, batch=0,
+        self.state = state or dict(phase="initial", node=None, centres=None, epoch=0, batch=0,
                                    parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started = self.saved - self.state["seconds"]
@@ -354,46 +409,29 @@ def leaf_probs(tree, images):
 def next_phase(tree, images, config, phase):
     """The algorithm of stage 1: what follows the phase that just ended. Grows or prunes the tree on the way.
 
-    -> phase, the leaf being split, the (N,) mask of its images; the last two are None if everything trains.
+    -> phase; the leaf being split and the (N,) mask of its images, or None if everything trains; what was done and why.
     """
     tree.eval()
     if phase == "finetune":
-        return "diffusion", None, None
+        return "diffusion", None, None, "the tree is done"
     splits = (len(tree.parents) - 3) // 2
     if phase == "grow" and splits % 3 == 0 and config.intermediate_epochs:
-        return "intermediate", None, None
+        return "intermediate", None, None, f"all parameters train after {splits} splits"
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
     if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:      # leaves that pruning will take do not count
         split = tree.next_split(probs, min_images=config.tree_batch_size)
         if split:
-            tree.grow(split[0])
-            return "grow", *split
+            children = tree.grow(split[0])
+            return "grow", *split, f"leaf {split[0]} has the most images, {split[1].sum():d}: it is split into {children[0]} and {children[1]}"
+    pruned = []
     while True:
         share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0
         leaf = tree.next_prune(leaf_probs(tree, images), share)
         if leaf is None:
-            return "finetune", None, None
+            return "finetune", None, None, f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
         tree.prune(leaf)
-
-
-def train_starts(run, tree, data):
-    """How the first split is made, which decides much of the tree: a few are tried, the one with the best ELBO goes on."""
-    config, state = run.config, run.state
-    while state["phase"] == "start":
-        k = state["start"]
-        def step_loss(x, epoch, progress):
-            return tree.loss(x, config.kl_start + config.kl_per_epoch * epoch, config.commitment * max(0.0, 1 - progress / 0.9))
-        tree.train_only()
-        train_phase(run, f"start {k + 1} of {config.starts}", step_loss, tree, data.images, config.start_epochs,
-                    config.tree_batch_size, config.tree_lr, "constant", config.weight_decay)
-        elbo, best = state["log"][-1]["elbo"], state["best"]
-        if best is None or elbo > best["elbo"]:
-            best = dict(elbo=elbo, tree={name: value.clone() for name, value in tree.state_dict().items()})
-        last = k + 1 == config.starts
-        tree.load_state_dict(best["tree"] if last else build_tree(config, tree.image_shape).state_dict())
-        run.save(phase="initial" if last else "start", start=k + 1, best=None if last else best, epoch=0, batch=0,
-                 training=None, tree=tree.state_dict())
+        pruned.append(leaf)
 
 
 def train_tree(run, tree, data):
@@ -403,26 +441,39 @@ def train_tree(run, tree, data):
                      finetune=config.finetune_epochs)
     while (phase := state["phase"]) in epochs_of:
         node = state["node"]                                           # the leaf that was split; None if everything trains
-        kl_start = config.kl_start if phase == "initial" else config.kl_start_later
+        initial, centres = phase == "initial", None if state["centres"] is None else state["centres"].to(run.device)
+        kl_start, contrastive = (config.kl_start, config.contrastive) if initial else (config.kl_start_later, config.contrastive_later)
 
         def step_loss(x, epoch, progress):
-            return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), below=node)
+            view = random_view(x, VIEWS[x.shape[1]]) if contrastive else None
+            if contrastive and config.augmented_elbo:
+                x = random_view(x, VIEWS[x.shape[1]])
+            guide = 0.0 if centres is None else config.guide * max(0.0, 1 - 2 * progress)
+            return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive, centres, guide)
 
         tree.train_only(node)
         train_phase(run, phase if node is None else f"grow {node}", step_loss, tree,
                     data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
                     config.tree_batch_size if node is None else config.subtree_batch_size,
                     config.tree_lr, config.tree_lr_decay, config.weight_decay)
-        state["frames"].append(dict(picture_of(tree, data.images), title=phase if node is None else f"node {node} is split"))
-        phase, node, mask = next_phase(tree, data.images, config, phase)
-        run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), epoch=0, batch=0, training=None,
+        state["frames"].append(dict(picture_of(tree, data.images), title=f"{phase}: {len(tree.leaves)} leaves" if node is None else
+                                    f"leaf {node} was split"))
+        phase, node, mask, note = next_phase(tree, data.images, config, phase)
+        state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=phase, node=node, note=note))
+        centres = None
+        if node is not None and config.guide and config.contrastive:
+            with torch.no_grad():
+                x = data.images[mask][:5000].float() / 255
+                centres = two_means(tree.eval().project(tree.bottom_up_pass(x), node))
+        run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), centres=centres, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
 
 
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
     """The TreeVAE of a config."""
     return TreeVAE(image_shape, "bernoulli" if image_shape[0] == 1 else "gaussian", config.latent_channels,
-                   config.bottom_up_channels, config.representation_dim, config.max_depth, config.network, config.tree_width, parents)
+                   config.bottom_up_channels, config.representation_dim, config.max_depth, config.encoder, config.decoder, config.tree_width,
+                   config.contrastive > 0, parents)
 
 
 def build_denoiser(config, tree):
@@ -483,7 +534,7 @@ def picture_of(tree, images):
                 images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
 
 
-def draw_tree(ax, parents, leaves, shares, images):
+def draw_tree(ax, parents, leaves, shares, images, title=""):
     """Draw a tree with its leaves' images (L, n, C, H, W) uint8, n below one another, and their shares of the data.
 
     -> the y below which nothing is drawn yet; leaf k is at x = k and 1 wide, the axes are in the same unit up and down.
@@ -506,6 +557,7 @@ def draw_tree(ax, parents, leaves, shares, images):
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
     bottom = -row - 1.55
     ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
+    ax.set_title(title, fontsize=9)
     ax.axis("off")
     return bottom
 
@@ -519,7 +571,7 @@ def save_figure(figure, path):
 def draw_training(run):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    rows = [row for row in run.state["log"] if row["phase"] not in ("start", "diffusion")]
+    rows = [row for row in run.state["log"] if "elbo" in row]
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
         for name in names:                                             # while a split trains its terms are those of one branch
             ax.plot([math.nan if row["phase"] == "grow" else row[name] for row in rows], ".-", label=name)
@@ -528,7 +580,7 @@ def draw_training(run):
                 ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
         ax.legend()
-    losses = [row["loss"] for row in run.state["log"] if row["phase"] == "diffusion"]
+    losses = [row["loss"] for row in run.state["log"] if "loss" in row]
     axes[2].plot(range(1, len(losses) + 1), losses, ".-")
     axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
     save_figure(figure, run.folder / "curves.png")
@@ -539,7 +591,6 @@ def draw_training(run):
     for ax in axes.flat:
         ax.axis("off")
     for ax, frame in zip(axes.flat, frames):
-        ax.set_title(frame.pop("title"), fontsize=9)
         draw_tree(ax, **frame)
     save_figure(figure, run.folder / "growth.png")
 
@@ -591,8 +642,9 @@ def check(config):
         parts = getattr(config, name).split(",") if getattr(config, name) or name == "unet_multipliers" else []
         if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
             fail(f"--{name.replace('_', '-')} must be whole numbers separated by commas, such as 1,2,2, not {getattr(config, name)!r}")
-    if config.representation_dim not in (1, 2, 4) or config.network == "mlp" and config.representation_dim != 1:
-        fail("--representation-dim must be 1, 2 or 4, and 1 with --network mlp")
+    if config.representation_dim not in (1, 2, 4) or config.representation_dim != 1 and "mlp" in (
+            config.encoder, config.decoder):
+        fail("--representation-dim must be 1, 2 or 4, and 1 with an mlp as --encoder or --decoder")
     if config.max_leaves > 2 ** min(config.max_depth, 30):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
     if config.min_share * config.max_leaves > 1:
@@ -684,7 +736,6 @@ def main(argv=None):
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
 
-    train_starts(run, tree, data)
     train_tree(run, tree, data)
     write(folder / "tree.pt", lambda file: torch.save({"parents": tree.parents, "state_dict": tree.state_dict()}, file))
     if run.state["phase"] == "diffusion" and config.diffusion_epochs:

@@ -104,29 +104,43 @@ def map_sides(side):
     return sides
 
 
-def make_encoder(network, image_shape, width, channels, r):
+class Residual(nn.Module):
+    """h + f(h), f two 3 x 3 blocks: what a "resnet" has after each change of resolution and a "cnn" has not."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.f = nn.Sequential(block(channels, channels, 3, padding=1), block(channels, channels, 3, padding=1))
+
+    def forward(self, h):
+        return h + self.f(h)
+
+
+def make_encoder(kind, image_shape, width, channels, r):
     """x (B, C, H, W) -> d_H (B, channels, r, r), where eq. (12) begins.
 
-    "mlp" (r = 1): two layers, of 8 * width and `channels` units. "cnn": one convolution looks at the image in overlapping
-    patches and strides over 4 pixels, so that nothing is computed at full size; others halve the map; the last makes it r x r.
+    "mlp" (r = 1): two layers, of 8 * width and `channels` units; the image may be a vector of features, too. "cnn": one
+    convolution looks at the image in overlapping patches and strides over 4 pixels, so that nothing is computed at full size;
+    others halve the map; the last makes it r x r. "resnet": the same with residual blocks between.
     """
-    if network == "mlp":
+    if kind == "mlp":
         return nn.Sequential(nn.Flatten(), dense(math.prod(image_shape), 8 * width), dense(8 * width, channels),
                              nn.Unflatten(1, (channels, 1, 1)))
     halvings = len(map_sides(image_shape[-1])) - 1
     widths = [width] + [2 * width] * halvings
-    return nn.Sequential(block(image_shape[0], width, 8, stride=4, padding=2),
-                         *[block(widths[k], widths[k + 1], 3, stride=2, padding=1) for k in range(halvings)],
-                         block(widths[-1], channels, 4 // r, stride=4 // r))
+    layers = [block(image_shape[0], width, 8, stride=4, padding=2)]
+    for k in range(halvings):
+        layers += [Residual(widths[k])] * (kind == "resnet") + [block(widths[k], widths[k + 1], 3, stride=2, padding=1)]
+    layers += [Residual(widths[-1])] * (kind == "resnet")
+    return nn.Sequential(*layers, block(widths[-1], channels, 4 // r, stride=4 // r))
 
 
-def make_decoder(network, image_shape, width, channels, r):
+def make_decoder(kind, image_shape, width, channels, r):
     """z_l (B, channels, r, r) -> (B, C, H, W), mu_x of eq. (11) before its last activation; the encoder's mirror image.
 
     "mlp": two layers of 4 * width units. "cnn": the last convolution gives the 4 x 4 pixels of each patch as channels, and
     PixelShuffle lays them out.
     """
-    if network == "mlp":
+    if kind == "mlp":
         return nn.Sequential(nn.Flatten(), dense(channels, 4 * width), dense(4 * width, 4 * width),
                              nn.Linear(4 * width, math.prod(image_shape)), nn.Unflatten(1, image_shape))
     sides = map_sides(image_shape[-1])[::-1]                                   # [4, 7]
@@ -134,7 +148,9 @@ def make_decoder(network, image_shape, width, channels, r):
     layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
     for k in range(len(sides) - 1):
         odd = sides[k + 1] - (2 * sides[k] - 1)                                # 0 for 4 -> 7, 1 for 4 -> 8
-        layers.append(block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd))
+        layers += [Residual(widths[k])] * (kind == "resnet") + [
+            block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd)]
+    layers += [Residual(width)] * (kind == "resnet")
     return nn.Sequential(*layers, nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4))
 
 
@@ -194,8 +210,10 @@ class TreeVAE(nn.Module):
     image_shape: (C, H, W), H = W = 28, 32 or 64.       likelihood: "bernoulli" for grey images, "gaussian" (sigma = 1).
     latent_channels, representation_dim: z_i is (latent_channels, r, r), r = representation_dim in {1, 2, 4}.
     bottom_up_channels: channels of d_h, and the hidden width of the nodes' networks.
-    max_depth: H, the depth the tree may grow to.       network: "cnn" or "mlp", what encoder and decoders are;
-    width: their size, the channels next to the image of the former.
+    max_depth: H, the depth the tree may grow to.
+    encoder, decoder: "cnn", "resnet" (for colour) or "mlp" (both, for vectors of features: image_shape = (n_features,)).
+    width: their size, the channels next to the image of a cnn.
+    contrastive: whether there are projection heads, which `loss` with a second view needs, one a depth.
     parents: the tree to build, by default a root with two leaves.
 
     `parents[i]` is the id of node i's parent, -1 at the root, PRUNED (-2) once node i is gone. An id is the order of
@@ -204,18 +222,20 @@ class TreeVAE(nn.Module):
     """
 
     def __init__(self, image_shape, likelihood="bernoulli", latent_channels=16, bottom_up_channels=32,
-                 representation_dim=4, max_depth=7, network="cnn", width=32, parents=(-1, 0, 0)):
+                 representation_dim=4, max_depth=7, encoder="cnn", decoder="cnn", width=32, contrastive=False, parents=(-1, 0, 0)):
         super().__init__()
         r = representation_dim
-        if likelihood not in ("bernoulli", "gaussian") or r not in (1, 2, 4) or network not in ("cnn", "mlp") or (
-                network == "mlp" and r != 1):
-            raise ValueError(f"likelihood {likelihood!r} with representation_dim {r} and network {network!r}: choose among "
-                             "bernoulli or gaussian; 1, 2 or 4; cnn, or mlp if representation_dim is 1")
+        if likelihood not in ("bernoulli", "gaussian") or r not in (1, 2, 4) or (
+                not {encoder, decoder} <= {"cnn", "resnet", "mlp"} or "mlp" in (encoder, decoder) and r != 1):
+            raise ValueError(f"likelihood {likelihood!r} with representation_dim {r}, encoder {encoder!r} and decoder {decoder!r}: "
+                             "choose among bernoulli or gaussian; 1, 2 or 4; cnn or resnet, or mlp if representation_dim is 1")
         self.image_shape, self.likelihood, self.max_depth = tuple(image_shape), likelihood, max_depth
-        self.latent_shape, self.hidden, self.network, self.width = (latent_channels, r, r), bottom_up_channels, network, width
+        self.latent_shape, self.hidden, self.decoder, self.width = (latent_channels, r, r), bottom_up_channels, decoder, width
         self.kernel = 3 if r > 1 else 1
-        self.encoder = make_encoder(network, self.image_shape, width, self.hidden, r)
+        self.encoder = make_encoder(encoder, self.image_shape, width, self.hidden, r)
         self.bottom_up = nn.ModuleList([self._hidden_block(self.hidden) for _ in range(max_depth)])   # MLP_h, h = 0..H-1
+        self.heads = nn.ModuleList([nn.Sequential(nn.Flatten(), nn.Linear(self.hidden * r * r, self.hidden), nn.LeakyReLU(0.1),
+                                                  nn.Linear(self.hidden, 10)) for _ in range((max_depth + 1) * contrastive)])
         self.parents = list(parents)
         self.nodes = nn.ModuleList([Node() for _ in parents])
         for i in self.ids:
@@ -265,7 +285,7 @@ class TreeVAE(nn.Module):
         make("transformation", i != 0, lambda: nn.Sequential(self._hidden_block(c), ToGaussian(self.hidden, c)))
         make("router_p", n_children == 2, lambda: Router(c, self.hidden, r, self.kernel))
         make("router_q", n_children == 2, lambda: Router(self.hidden, self.hidden, r, self.kernel))
-        make("decoder", n_children == 0, lambda: make_decoder(self.network, self.image_shape, self.width, c, r))
+        make("decoder", n_children == 0, lambda: make_decoder(self.decoder, self.image_shape, self.width, c, r))
 
     # -- inference ----------------------------------------------------------------------------------------------------
 
@@ -354,19 +374,48 @@ class TreeVAE(nn.Module):
         return {"elbo": reconstruction - kl_root - kl_nodes - kl_decisions, "reconstruction": reconstruction,
                 "kl_root": kl_root, "kl_nodes": kl_nodes, "kl_decisions": kl_decisions}
 
-    def loss(self, x, kl_weight=1.0, commitment_weight=0.0, below=None):
+    def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, centres=None, guide_weight=0.0):
         """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
 
-        -E[log p(x | z)] + kl_weight * (the three KL) + commitment_weight * `commitment`. The means are those of `elbo`'s terms
-        and, as "P_3", of P(l; c) of leaf 3.
+        -E[log p(x | z)] + kl_weight * (the three KL) + contrastive_weight * `contrastive_loss`, the last only if there is a
+        `view`, other looks at the same images; + guide_weight * the cross-entropy of the decision at node `below` with the
+        nearer of two `centres`. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
         """
-        visits = list(self.walk(self.bottom_up_pass(x), below))
+        d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
+        visits = list(self.walk([h[:len(x)] for h in d], below))
         means = {name: term.mean() for name, term in self._elbo(x, visits).items()}
         loss = kl_weight * (means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]) - means["reconstruction"]
-        if commitment_weight > 0:
-            loss = loss + commitment_weight * commitment(visits).mean()
-        means |= {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
-        return loss, means
+        if view is not None:
+            means["contrastive"] = self.contrastive_loss(d, visits, below)
+            loss = loss + contrastive_weight * means["contrastive"]
+        if guide_weight > 0:
+            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.project(d, below), centres) == 0
+            loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
+        return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
+
+    def project(self, d, node):
+        """Where the contrastive loss compares images at a node's depth: (B, 10), of length 1."""
+        h = self.depth(node)
+        return F.normalize(self.heads[h](d[h]), dim=1)
+
+    def contrastive_loss(self, d, visits, below=None):
+        """How little two views of an image agree, and how much different images do: a scalar in nats.
+
+        Asks that a view takes the decisions of its image (temperature 1, summed over routers), and that its d_h, through a
+        projection, is the image's more than any other's (temperature 0.5, averaged over depths). The decisions of different
+        images shall differ, so that a router divides its images about in halves; below: only of this node's router.
+        d: `bottom_up_pass` of the images, then of their views; visits: `walk` with the images' half.
+        """
+        total = 0.0
+        for v in visits:
+            if v.logit_q is not None and below in (None, v.node):
+                h = d[self.depth(v.node)][len(v.logit_q):]
+                r = torch.stack([v.logit_q, self.nodes[v.node].router_q(h)]).sigmoid()                # (2, B)
+                total = total + nt_xent(torch.stack([r, 1 - r], -1), 1.0, v.log_reach_q.detach())
+        if below is None:
+            for head, h in zip(self.heads, d):
+                total = total + nt_xent(head(h).unflatten(0, (2, -1)), 0.5) / len(d)
+        return total
 
     @torch.no_grad()
     def log_likelihood(self, x, n_samples=1000, chunk=10):
@@ -378,7 +427,7 @@ class TreeVAE(nn.Module):
         d, chunks = self.bottom_up_pass(x), []
         for start in range(0, n_samples, chunk):
             k = min(chunk, n_samples - start)
-            many_x, log_ratio, leaves = x.repeat(k, 1, 1, 1), {-1: 0.0}, []
+            many_x, log_ratio, leaves = x.repeat(k, *[1] * (x.dim() - 1)), {-1: 0.0}, []
             for v in self.walk([h.repeat(k, 1, 1, 1) for h in d]):
                 log_ratio[v.node] = log_ratio[self.parents[v.node]] + v.p.log_prob(v.z) - v.q.log_prob(v.z)
                 if self.nodes[v.node].decoder is not None:
@@ -504,18 +553,38 @@ class TreeVAE(nn.Module):
                 module.requires_grad_(True).train()
 
 
-def commitment(visits):
-    """How far the decisions are from tosses of a fair coin: sum_i P(i; c) KL(q(c_i | x) || 1/2), (B,) nats.
+def nearer(points, centres):
+    """The index of each point's nearest centre: (N, k), (n, k) -> (N,) long."""
+    return torch.cdist(points, centres).argmin(1)
 
-    Not in the paper. A price on it while the very first split forms keeps the router open until both decoders have learnt
-    something to choose between; without it, the router may send everything to the one that happened to be quicker.
+
+def two_means(points, tries=5, steps=50):
+    """2-means by Lloyd's algorithm, the best of a few random starts: (N, k) -> the two centres, (2, k)."""
+    found = []
+    for _ in range(tries):
+        centres = points[torch.randperm(len(points), device=points.device)[:2]]
+        for _ in range(steps):
+            near = nearer(points, centres)
+            if near.min() == near.max():                                       # all points alike
+                break
+            centres = torch.stack([points[near == k].mean(0) for k in (0, 1)])
+        found.append((torch.cdist(points, centres).amin(1).square().sum().item(), centres))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def nt_xent(a, temperature, log_weight=None):
+    """NT-Xent of two views of B images, a (2, B, k): a scalar in nats.
+
+    l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} exp(s(a_i, a_k) / tau) ), s the cosine similarity, averaged over the 2 B
+    views. log_weight (B,): the log of how much each image takes part, both as an example and among those it is held
+    against (the paper: only as an example); for a decision that is P(i; c). Else a router could tell its images from those
+    that never come to it, be content with that, and send all of its own to one side.
     """
-    total = 0.0
-    for v in visits:
-        if v.logit_q is not None:
-            left, right = F.logsigmoid(v.logit_q), F.logsigmoid(-v.logit_q)
-            total = total + v.log_reach_q.exp() * (math.log(2) + left.exp() * left + right.exp() * right)
-    return total
+    a, n = F.normalize(a.flatten(0, 1).float(), dim=1), 2 * a.shape[1]
+    similarity = (a @ a.T / temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=a.device), -math.inf)
+    log_weight = torch.zeros(n, device=a.device) if log_weight is None else log_weight.repeat(2)
+    loss = (similarity + log_weight).logsumexp(1) - similarity.diagonal(n // 2).repeat(2)
+    return (log_weight.exp() * loss).mean()
 
 
 if __name__ == "__main__":

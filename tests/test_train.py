@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.transforms.v2.functional import rgb_to_grayscale as grey
 
 import metrics
 import sample
@@ -30,14 +31,14 @@ def test_a_run_leaves_all_its_files(finished):
     assert names >= {"config.json", "log.csv", "tree.pt", "diffusion.pt", "checkpoint.pt", "curves.png", "growth.png"}
     assert not any(name.endswith(".part") for name in names)
     header, *rows = (finished / "log.csv").read_text().splitlines()
-    assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,leaf_shares")
-    assert [row.split(",")[1] for row in rows][:3] == ["start", "start", "initial"] and rows[-1].split(",")[1] == "diffusion"
+    assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,contrastive,leaf_shares,note")
+    assert [row.split(",")[1] for row in rows][:4] == ["initial", "initial", "grow", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
 def test_pictures_and_metrics_of_a_run(finished, capsys):
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
-    for name in ("tree", "leaves", "one_root", "reconstructions"):
-        assert (finished / f"{name}.png").stat().st_size > 5000
+    for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "growth.gif"):
+        assert (finished / name).stat().st_size > 5000
     leaf = train.load_run(finished, "cpu")[3].leaves[0]
     sample.main([str(finished), "--leaf", str(leaf), "--n", "2", "--steps", "2", "--eta", "0.5", "--device", "cpu"])
     sample.main([str(finished), "--node", "0", "--n", "2", "--steps", "2", "--device", "cpu"])
@@ -109,11 +110,46 @@ def test_every_preset_builds_its_networks():
     assert (paper.initial_epochs, paper.subtree_epochs, paper.intermediate_epochs, paper.finetune_epochs) == (150, 150, 80, 200)
 
 
+# -- random views ------------------------------------------------------------------------------------------------------
+
+def test_random_views_keep_what_they_must():
+    """Each change alone has something that it leaves as it was; torchvision's transforms have the same."""
+    still = train.Views((1, 1), (1, 1), (0, 0, 0, 0), 1.0, 0.0, gamma=0.0)
+    x = 0.4 + 0.2 * torch.rand(64, 3, 32, 32)                                   # so that nothing is clamped
+    def only(**change):
+        torch.manual_seed(0)
+        return train.random_view(x, still._replace(**change))
+    upright = only()
+    flipped = torch.tensor([not torch.allclose(upright[i], x[i], atol=1e-4) for i in range(64)])
+    assert 15 < flipped.sum() < 49                                              # every image for itself
+    assert torch.allclose(upright, torch.where(flipped[:, None, None, None], x.flip(3), x), atol=1e-4)
+    brighter = only(jitter=(0.4, 0, 0, 0)) / upright
+    assert torch.allclose(brighter, brighter[:, :1, :1, :1].expand_as(x), atol=1e-3) and brighter.std() > 0.1
+    contrast = only(jitter=(0, 0.4, 0, 0))
+    assert torch.allclose(grey(contrast).mean((1, 2, 3)), grey(upright).mean((1, 2, 3)), atol=1e-3)
+    assert (contrast.std((1, 2, 3)) / upright.std((1, 2, 3))).std() > 0.1
+    assert torch.allclose(grey(only(jitter=(0, 0, 0.4, 0))), grey(upright), atol=2e-3)
+    turned = only(jitter=(0, 0, 0, 0.1))
+    assert torch.allclose(turned.sum(1), upright.sum(1), atol=1e-4) and (turned - upright).abs().max() > 0.02
+    assert torch.allclose(only(grey_p=1.0), grey(upright).expand_as(x), atol=2e-3)
+    assert torch.allclose(only(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.0), upright, atol=1e-4)
+
+
+def test_a_view_is_a_part_of_its_image():
+    torch.manual_seed(0)
+    columns = torch.linspace(0, 1, 28).expand(200, 1, 28, 28)                   # brightness tells the place
+    view = train.random_view(columns, train.Views((0.25, 0.25), (1, 1), (0, 0), gamma=0.0))
+    assert torch.allclose((view.amax((1, 2, 3)) - view.amin((1, 2, 3))), torch.tensor(0.5), atol=0.03)   # half as wide
+    middle = view.mean((1, 2, 3))
+    assert middle.min() < 0.3 and middle.max() > 0.7
+    assert train.random_view(torch.rand(1, 3, 64, 64), train.VIEWS[3]).shape == (1, 3, 64, 64)
+
+
 # -- the algorithm of stage 1 -----------------------------------------------------------------------------------------
 
 def test_phases_follow_the_algorithm(monkeypatch):
     """initial, three splits, intermediate, ..., prune, finetune, diffusion; leaves that pruning will take do not count."""
-    config = train.Config(max_leaves=5, max_depth=4, tree_batch_size=10)
+    config = train.Config(max_leaves=5, max_depth=4, tree_batch_size=10, intermediate_epochs=1)
     tree = train.build_tree(config, (1, 28, 28))
     images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
     def probs(tree, images):                                                    # even leaves, but node 3 gets next to nothing
@@ -125,10 +161,11 @@ def test_phases_follow_the_algorithm(monkeypatch):
     monkeypatch.setattr(train, "leaf_probs", probs)
     seen, phase = [], "initial"
     while phase != "diffusion":
-        phase, node, mask = train.next_phase(tree, images, config, phase)
+        phase, node, mask, note = train.next_phase(tree, images, config, phase)
         seen.append(phase)
+        assert phase != "grow" or f"leaf {node} has the most images, {mask.sum()}" in note
         assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
-    assert seen == ["grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"]
+    assert seen == ["grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
     assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
 
 
@@ -188,9 +225,9 @@ def test_shapes_are_the_same_everywhere_and_even():
     (["--tree-batch-size", "0"], "--tree-batch-size must be"),
     (["--max-leaves", "1"], "--max-leaves must be"),
     (["--max-leaves", "40", "--max-depth", "5"], "at most 32 leaves"),
-    (["--max-leaves", "30"], "lower --min-share"),
+    (["--max-leaves", "30", "--min-share", "0.05"], "lower --min-share"),
     (["--unet-multipliers", "1,two"], "separated by commas"),
-    (["--representation-dim", "4"], "1 with --network mlp"),
+    (["--representation-dim", "4"], "1 with an mlp"),
     (["--device", "cuda"], "there is no cuda device"),
     (["--resume"], "there is no run"),
     (["--resume", "--seed", "2"], "leave out --seed"),

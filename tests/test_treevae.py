@@ -309,17 +309,78 @@ def test_pruning_rule():
     assert tree.next_prune(torch.eye(3)[[0] * 500 + [1] * 490 + [2] * 10]) is None
 
 
-def test_commitment_is_the_kl_to_a_fair_coin_on_the_way():
-    tree, x = make_tree((-1, 0, 0, 1, 1)), images(6)
-    visits = list(tree.walk(tree.bottom_up_pass(x)))
-    expected = torch.zeros(6)
+# -- the contrastive loss ---------------------------------------------------------------------------------------------
+
+def nt_xent_in_loops(a, tau, weight):
+    """The formula, image by image: the l_i of 2 B views, image k weighted by weight[k] as an example and in the sum."""
+    B = a.shape[1]
+    views = [(a[v, i] / a[v, i].norm(), weight[i]) for v in (0, 1) for i in range(B)]
+    total = 0.0
+    for i, (one, w) in enumerate(views):
+        partner = views[(i + B) % (2 * B)][0]
+        others = sum(w_k * (one @ other / tau).exp() for k, (other, w_k) in enumerate(views) if k != i)
+        total += w * -((one @ partner / tau).exp() / others).log()
+    return total / (2 * B)
+
+
+def test_nt_xent_against_a_double_loop_and_finite_differences():
+    torch.manual_seed(0)
+    a, weight = torch.randn(2, 5, 3, dtype=torch.double), torch.rand(5, dtype=torch.double)
+    ones = torch.ones(5, dtype=torch.double)
+    assert treevae.nt_xent(a, 0.5).item() == pytest.approx(nt_xent_in_loops(a, 0.5, ones).item(), rel=1e-5)       # the paper's
+    assert treevae.nt_xent(a, 1.0, weight.log()).item() == pytest.approx(nt_xent_in_loops(a, 1.0, weight).item(), rel=1e-5)
+    a.requires_grad_(True)
+    treevae.nt_xent(a, 0.5, weight.log()).backward()
+    for index in [(0, 0, 0), (1, 3, 2), (0, 4, 1)]:
+        step = torch.zeros_like(a)
+        step[index] = 1e-5
+        slope = (nt_xent_in_loops(a.detach() + step, 0.5, weight) - nt_xent_in_loops(a.detach() - step, 0.5, weight)) / 2e-5
+        assert a.grad[index].item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
+
+
+def test_images_of_no_weight_take_no_part():
+    torch.manual_seed(0)
+    a = torch.randn(2, 6, 4)
+    some = torch.tensor([0.0, 0.0, 0.0, 0.0, -60.0, -60.0])
+    assert treevae.nt_xent(a, 0.5, some).item() == pytest.approx(treevae.nt_xent(a[:, :4], 0.5).item() * 4 / 6, rel=1e-4)
+
+
+def test_contrastive_loss_is_over_the_routers_and_all_depths():
+    tree = make_tree((-1, 0, 0, 1, 1), contrastive=True)
+    x = images(12)
+    d = tree.bottom_up_pass(x)
+    visits = list(tree.walk([h[:6] for h in d]))
+    expected = 0.0
     for v in visits:
         if v.logit_q is not None:
-            q = torch.distributions.Bernoulli(logits=v.logit_q)
-            expected += v.log_reach_q.exp() * torch.distributions.kl_divergence(q, torch.distributions.Bernoulli(0.5))
-    assert torch.allclose(treevae.commitment(visits), expected, atol=1e-6)
-    sure = treevae.commitment([visits[0]._replace(logit_q=torch.tensor([40.0, -40.0, 0.0]), log_reach_q=torch.zeros(3))])
-    assert sure.tolist() == pytest.approx([math.log(2), math.log(2), 0])
+            r = tree.nodes[v.node].router_q(d[tree.depth(v.node)]).sigmoid()
+            pairs = torch.stack([r, 1 - r], 1).unflatten(0, (2, 6)).double()
+            expected += nt_xent_in_loops(pairs, 1.0, v.log_reach_q.exp().double()).item()
+    router_of_1 = tree.contrastive_loss(d, visits, below=1).item()
+    assert 0 < router_of_1 < expected
+    for h, features in enumerate(d):
+        expected += nt_xent_in_loops(tree.heads[h](features).unflatten(0, (2, 6)).double(), 0.5, torch.ones(6)).item() / len(d)
+    assert tree.contrastive_loss(d, visits).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_means_and_the_guide():
+    torch.manual_seed(0)
+    blobs = torch.cat([torch.randn(50, 3) * 0.1 + 1, torch.randn(30, 3) * 0.1 - 1])
+    centres = treevae.two_means(blobs)
+    near = treevae.nearer(blobs, centres)
+    assert (near[:50] == near[0]).all() and (near[50:] == 1 - near[0]).all()
+    assert torch.allclose(centres[near[0]], blobs[:50].mean(0), atol=1e-5)
+    assert treevae.two_means(torch.ones(8, 3)).shape == (2, 3)                  # all alike: no centre is NaN
+    tree, x = make_tree((-1, 0, 0), contrastive=True), images(8)
+    centres = treevae.two_means(tree.project(tree.bottom_up_pass(x), 0).detach())
+    losses = []
+    for weight in (0.0, 2.0):
+        torch.manual_seed(1)
+        losses.append(tree.loss(x, below=0, centres=centres, guide_weight=weight)[0].item())
+    d = tree.bottom_up_pass(x)
+    left = treevae.nearer(tree.project(d, 0), centres) == 0
+    q = torch.where(left, tree.nodes[0].router_q(d[0]).sigmoid(), (-tree.nodes[0].router_q(d[0])).sigmoid())
+    assert losses[1] - losses[0] == pytest.approx(-2 * q.log().mean().item(), rel=1e-3)
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -366,7 +427,7 @@ def test_shapes_train_grow_and_a_batch_of_one(shape, likelihood, r):
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss, _ = tree.loss(x, kl_weight=0.1, commitment_weight=1.0)
+        loss, _ = tree.loss(x, kl_weight=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
