@@ -87,11 +87,13 @@ class Config:
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
+    starts: int = setting(5, "trees to start with, of which the one with the lowest loss goes on; 0: one, without more ado")
+    start_epochs: int = setting(2, "epochs of each", least=1)
     contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
     contrastive_later: float = setting(0.0, "the same in the later phases")
     augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
     guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half")
-    initial_epochs: int = setting(12, "epochs of the root and its two leaves", least=1)
+    initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
     finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned", least=1)
@@ -122,13 +124,13 @@ PRESETS = {
     "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, encoder="cnn", decoder="cnn", tree_width=32, max_depth=7,
                   max_leaves=10, tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
-                  kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0, guide=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
+                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, contrastive=0.0, guide=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
-DRAWN = dict(max_leaves=8, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
+DRAWN = dict(max_leaves=8, starts=3, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
 DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}
-QUICK = dict(max_images=2048, max_leaves=4, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
+QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
@@ -271,13 +273,13 @@ def write(path, save):
 class Run:
     """A run's folder and its `state`: all that goes on after an interruption, saved to checkpoint.pt every minute.
 
-    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
+    state: phase ("start", "initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
     epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
     """
 
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
-        self.state = state or dict(phase="initial", node=None, centres=None, epoch=0, batch=0,
+        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, centres=None, epoch=0, batch=0,
                                    parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started = self.saved - self.state["seconds"]
@@ -435,38 +437,55 @@ def next_phase(tree, images, config, phase):
 
 
 def train_tree(run, tree, data):
-    """Stage 1: initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
+    """Stage 1: several starts, initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
     config, state = run.config, run.state
-    epochs_of = dict(initial=config.initial_epochs, grow=config.subtree_epochs, intermediate=config.intermediate_epochs,
-                     finetune=config.finetune_epochs)
+    epochs_of = dict(start=config.start_epochs, initial=config.initial_epochs, grow=config.subtree_epochs,
+                     intermediate=config.intermediate_epochs, finetune=config.finetune_epochs)
     while (phase := state["phase"]) in epochs_of:
         node = state["node"]                                           # the leaf that was split; None if everything trains
-        initial, centres = phase == "initial", None if state["centres"] is None else state["centres"].to(run.device)
-        kl_start, contrastive = (config.kl_start, config.contrastive) if initial else (config.kl_start_later, config.contrastive_later)
+        centres = None if state["centres"] is None else state["centres"].to(run.device)
+        first = phase in ("start", "initial")
+        kl_start, contrastive = (config.kl_start, config.contrastive) if first else (config.kl_start_later, config.contrastive_later)
 
         def step_loss(x, epoch, progress):
-            view = random_view(x, VIEWS[x.shape[1]]) if contrastive else None
-            if contrastive and config.augmented_elbo:
+            view = random_view(x, VIEWS[x.shape[1]]) if contrastive and centres is None else None
+            if view is not None and config.augmented_elbo:
                 x = random_view(x, VIEWS[x.shape[1]])
             guide = 0.0 if centres is None else config.guide * max(0.0, 1 - 2 * progress)
             return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive, centres, guide)
 
         tree.train_only(node)
-        train_phase(run, phase if node is None else f"grow {node}", step_loss, tree,
-                    data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
-                    config.tree_batch_size if node is None else config.subtree_batch_size,
-                    config.tree_lr, config.tree_lr_decay, config.weight_decay)
+        title = {"start": f"start {state['start'] + 1} of {config.starts}", "grow": f"grow {node}"}.get(phase, phase)
+        train_phase(run, title, step_loss, tree, data.images if node is None else data.images[state["mask"].to(run.device)],
+                    epochs_of[phase], config.tree_batch_size if node is None else config.subtree_batch_size, config.tree_lr,
+                    "constant" if phase == "start" else config.tree_lr_decay, config.weight_decay)
+        if phase == "start":
+            next_start(run, tree)
+            continue
         state["frames"].append(dict(picture_of(tree, data.images), title=f"{phase}: {len(tree.leaves)} leaves" if node is None else
                                     f"leaf {node} was split"))
         phase, node, mask, note = next_phase(tree, data.images, config, phase)
         state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=phase, node=node, note=note))
         centres = None
-        if node is not None and config.guide and config.contrastive:
+        if node is not None and config.guide and config.contrastive:   # where the images of the split fall apart by themselves
             with torch.no_grad():
                 x = data.images[mask][:5000].float() / 255
-                centres = two_means(tree.eval().project(tree.bottom_up_pass(x), node))
+                centres = two_means(tree.eval().features(tree.bottom_up_pass(x), node))
         run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), centres=centres, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
+
+
+def next_start(run, tree):
+    """The first split decides much of the tree: a few are tried, and the one with the lowest loss goes on."""
+    state, config = run.state, run.config
+    row = state["log"][-1]
+    loss, k = config.contrastive * row.get("contrastive", 0.0) - row["elbo"], state["start"] + 1
+    if state["best"] is None or loss < state["best"]["loss"]:
+        state["best"] = dict(loss=loss, tree={name: value.clone() for name, value in tree.state_dict().items()})
+    last = k == config.starts
+    tree.load_state_dict(state["best"]["tree"] if last else build_tree(config, tree.image_shape).state_dict())
+    run.save(phase="initial" if last else "start", start=k, best=None if last else state["best"], epoch=0, batch=0, training=None,
+             tree=tree.state_dict())
 
 
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
@@ -571,7 +590,7 @@ def save_figure(figure, path):
 def draw_training(run):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    rows = [row for row in run.state["log"] if "elbo" in row]
+    rows = [row for row in run.state["log"] if "elbo" in row and row["phase"] != "start"]
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
         for name in names:                                             # while a split trains its terms are those of one branch
             ax.plot([math.nan if row["phase"] == "grow" else row[name] for row in rows], ".-", label=name)

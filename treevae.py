@@ -378,8 +378,8 @@ class TreeVAE(nn.Module):
         """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
 
         -E[log p(x | z)] + kl_weight * (the three KL) + contrastive_weight * `contrastive_loss`, the last only if there is a
-        `view`, other looks at the same images; + guide_weight * the cross-entropy of the decision at node `below` with the
-        nearer of two `centres`. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
+        `view`, other looks at the same images; + guide_weight * the cross-entropy between the decision at node `below` and the
+        nearer of two `centres` of `features`. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
@@ -389,14 +389,17 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         if guide_weight > 0:
-            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.project(d, below), centres) == 0
+            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.features(d, below), centres) == 0
             loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
-    def project(self, d, node):
-        """Where the contrastive loss compares images at a node's depth: (B, 10), of length 1."""
+    def features(self, d, node):
+        """What the contrastive loss has taught about images at a node's depth: (B, hidden), the projection head but its last layer.
+
+        The last layer spreads the images out; the one before it still has them in clusters.
+        """
         h = self.depth(node)
-        return F.normalize(self.heads[h](d[h]), dim=1)
+        return self.heads[h][:-1](d[h])
 
     def contrastive_loss(self, d, visits, below=None):
         """How little two views of an image agree, and how much different images do: a scalar in nats.
@@ -580,11 +583,14 @@ def nt_xent(a, temperature, log_weight=None):
     against (the paper: only as an example); for a decision that is P(i; c). Else a router could tell its images from those
     that never come to it, be content with that, and send all of its own to one side.
     """
-    a, n = F.normalize(a.flatten(0, 1).float(), dim=1), 2 * a.shape[1]
-    similarity = (a @ a.T / temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=a.device), -math.inf)
-    log_weight = torch.zeros(n, device=a.device) if log_weight is None else log_weight.repeat(2)
-    loss = (similarity + log_weight).logsumexp(1) - similarity.diagonal(n // 2).repeat(2)
-    return (log_weight.exp() * loss).mean()
+    a = F.normalize(a.float(), dim=2) / math.sqrt(temperature)
+    agreement = (a[0] * a[1]).sum(1).repeat(2)                                 # s(a_i, a_i') / tau of all 2 B views
+    a = a.flatten(0, 1)
+    others = (a @ a.T).fill_diagonal_(-math.inf)
+    if log_weight is None:
+        return (others.logsumexp(1) - agreement).mean()
+    log_weight = log_weight.repeat(2)
+    return (log_weight.exp() * ((others + log_weight).logsumexp(1) - agreement)).mean()
 
 
 if __name__ == "__main__":

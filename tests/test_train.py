@@ -32,7 +32,7 @@ def test_a_run_leaves_all_its_files(finished):
     assert not any(name.endswith(".part") for name in names)
     header, *rows = (finished / "log.csv").read_text().splitlines()
     assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,contrastive,leaf_shares,note")
-    assert [row.split(",")[1] for row in rows][:4] == ["initial", "initial", "grow", "grow"] and rows[-1].split(",")[1] == "diffusion"
+    assert [row.split(",")[1] for row in rows][:5] == ["start", "start", "initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
 def test_pictures_and_metrics_of_a_run(finished, capsys):

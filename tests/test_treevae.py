@@ -372,13 +372,13 @@ def test_two_means_and_the_guide():
     assert torch.allclose(centres[near[0]], blobs[:50].mean(0), atol=1e-5)
     assert treevae.two_means(torch.ones(8, 3)).shape == (2, 3)                  # all alike: no centre is NaN
     tree, x = make_tree((-1, 0, 0), contrastive=True), images(8)
-    centres = treevae.two_means(tree.project(tree.bottom_up_pass(x), 0).detach())
+    centres = treevae.two_means(tree.features(tree.bottom_up_pass(x), 0).detach())
     losses = []
     for weight in (0.0, 2.0):
         torch.manual_seed(1)
         losses.append(tree.loss(x, below=0, centres=centres, guide_weight=weight)[0].item())
     d = tree.bottom_up_pass(x)
-    left = treevae.nearer(tree.project(d, 0), centres) == 0
+    left = treevae.nearer(tree.features(d, 0), centres) == 0
     q = torch.where(left, tree.nodes[0].router_q(d[0]).sigmoid(), (-tree.nodes[0].router_q(d[0])).sigmoid())
     assert losses[1] - losses[0] == pytest.approx(-2 * q.log().mean().item(), rel=1e-3)
 
