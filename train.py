@@ -96,7 +96,7 @@ class Config:
     initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
-    finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned", least=1)
+    finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned")
     kl_start: float = setting(0.02, "KL weight in the first epoch of the initial phase")
     kl_start_later: float = setting(0.1, "the same in all later phases")
     kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
@@ -128,8 +128,11 @@ PRESETS = {
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
+PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128, contrastive=100.0,
+                    contrastive_later=100.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
+                    kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
-DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}
+DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}                      # over "tiny" and "small"
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
@@ -431,7 +434,7 @@ def next_phase(tree, images, config, phase):
         share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0
         leaf = tree.next_prune(leaf_probs(tree, images), share)
         if leaf is None:
-            return "finetune", None, None, f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
+            return "finetune" if config.finetune_epochs else "diffusion", None, None, f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
         tree.prune(leaf)
         pruned.append(leaf)
 
@@ -643,7 +646,8 @@ def parse_flags(argv):
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
-    defaults = PRESETS[preset] | DATASET_DEFAULTS.get(dataset, {}) | (QUICK if quick else {})
+    of_data = DATASET_DEFAULTS.get(dataset, {}) if preset != "paper" else PAPER_COLOUR if dataset == "shapes-rgb" else {}
+    defaults = PRESETS[preset] | of_data | (QUICK if quick else {})
     return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), False
 
 

@@ -418,27 +418,34 @@ def test_prior_paths_follow_the_generative_model():
     assert torch.allclose(decoded, tree.nodes[4].decoder(forced.z[:, 2]).sigmoid(), atol=1e-6) and decoded.shape == (50, 1, 16, 16)
 
 
-@pytest.mark.parametrize("shape, likelihood, r", [((1, 28, 28), "bernoulli", 4), ((1, 28, 28), "bernoulli", 2),
-                                                  ((3, 32, 32), "gaussian", 1), ((3, 64, 64), "gaussian", 4)])
-def test_shapes_train_grow_and_a_batch_of_one(shape, likelihood, r):
+@pytest.mark.parametrize("shape, likelihood, r, kind", [
+    ((1, 28, 28), "bernoulli", 4, "cnn"), ((1, 28, 28), "bernoulli", 1, "mlp"), ((3, 32, 32), "gaussian", 2, "resnet"),
+    ((3, 64, 64), "gaussian", 4, "resnet"), ((30,), "gaussian", 1, "mlp")])
+def test_every_form_trains_grows_prunes_and_takes_a_batch_of_one(shape, likelihood, r, kind):
     torch.manual_seed(0)
-    tree = TreeVAE(shape, likelihood, latent_channels=3, bottom_up_channels=4, representation_dim=r, max_depth=3, width=4)
-    x = images(12, side=shape[1], channels=shape[0])
+    tree = TreeVAE(shape, likelihood, latent_channels=3, bottom_up_channels=4, representation_dim=r, max_depth=3, encoder=kind,
+                   decoder=kind, width=4, contrastive=True)
+    x = torch.rand(12, *shape)
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
     losses = []
     for _ in range(12):
-        loss, _ = tree.loss(x, kl_weight=0.1)
+        loss, _ = tree.loss(x, kl_weight=0.1, view=x + 0.1 * torch.rand_like(x), contrastive_weight=1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    tree.grow(1)
-    tree.eval()
+    children = tree.grow(1)
+    tree.train_only(1)
+    tree.loss(x[:7], below=1)[0].backward()                                    # a last batch of any size
+    assert tree.nodes[1].router_q.net[0][0].weight.grad.abs().sum() > 0
+    tree.prune(children[0])
+    assert torch.allclose(tree.eval().leaf_probs(x).sum(1), torch.ones(12), atol=1e-5) and tree.leaves == [children[1], 2]
     one = tree.elbo(x[:1])
     assert all(value.shape == (1,) and value.isfinite().all() for value in one.values())
     path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))
     assert tree.decode(path).shape == x.shape and 0 <= tree.decode(path).min() and tree.decode(path).max() <= 1
+    assert (tree.log_likelihood(x[:2], 20) > tree.elbo(x[:2])["elbo"] - 5).all()
 
 
 def test_a_tree_reloads_to_the_same_outputs(tmp_path):
