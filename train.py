@@ -90,7 +90,7 @@ class Config:
     starts: int = setting(5, "trees to start with, of which the one with the lowest loss goes on; 0: one, without more ado")
     start_epochs: int = setting(2, "epochs of each", least=1)
     contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
-    contrastive_later: float = setting(0.0, "the same in the later phases")
+    contrastive_later: float = setting(0.1, "what is left of it in the later phases, as a share")
     augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
     guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half")
     initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
@@ -129,7 +129,7 @@ PRESETS = {
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
 PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128, contrastive=100.0,
-                    contrastive_later=100.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
+                    contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
 DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}                      # over "tiny" and "small"
@@ -448,7 +448,8 @@ def train_tree(run, tree, data):
         node = state["node"]                                           # the leaf that was split; None if everything trains
         centres = None if state["centres"] is None else state["centres"].to(run.device)
         first = phase in ("start", "initial")
-        kl_start, contrastive = (config.kl_start, config.contrastive) if first else (config.kl_start_later, config.contrastive_later)
+        kl_start = config.kl_start if first else config.kl_start_later
+        contrastive = config.contrastive * (1.0 if first else config.contrastive_later)
 
         def step_loss(x, epoch, progress):
             view = random_view(x, VIEWS[x.shape[1]]) if contrastive and centres is None else None
