@@ -169,6 +169,24 @@ def test_phases_follow_the_algorithm(monkeypatch):
     assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
 
 
+def test_the_start_with_the_lowest_loss_goes_on(tmp_path, monkeypatch):
+    config = train.Config(out=str(tmp_path), starts=3, start_epochs=1, contrastive=100.0, diffusion_epochs=0)
+    tree, data = train.build_tree(config, (1, 28, 28)), train.load_data(config)
+    trained, elbos, contrasts = [], [-300.0, -200.0, -199.0], [7.0, 7.0, 7.1]  # losses 1000, 900 and 909
+    def train_phase(run, title, step_loss, tree, *rest):
+        if not title.startswith("start"):
+            raise StopIteration
+        k = len(trained)
+        assert title == f"start {k + 1} of 3"
+        trained.append(tree.encoder[0][0].weight.clone())
+        run.state["log"].append(dict(elbo=elbos[k], contrastive=contrasts[k]))
+    monkeypatch.setattr(train, "train_phase", train_phase)
+    with pytest.raises(StopIteration):
+        train.train_tree(train.Run(config, torch.device("cpu")), tree, data)
+    assert len(trained) == 3 and not torch.equal(trained[0], trained[1])        # each a new tree
+    assert torch.equal(tree.encoder[0][0].weight, trained[1])
+
+
 def test_ema_warms_up():
     """With a decay of min(d, (1 + n) / (10 + n)) the average follows the weights early on, as a hand-run average does."""
     decay, average, weight = 0.9999, 1.0, 1.0
