@@ -122,17 +122,19 @@ class Diffusion(nn.Module):
         return (tau - 1e-6).ceil().long().clamp(min=1).unique().sub(1).tolist()
 
     @torch.no_grad()
-    def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic", x_T=None, clip=True):
+    def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic", x_T=None, clip=True, seen=None):
         """DDIM (Song et al. 2020, eq. 12): `steps` jumps from noise to images of the given shape (B, C, H, W).
 
         eta = 0: no noise on the way, the image is a function of x_T; eta = 1, linear, T steps: DDPM. The net is trained on
-        all T times and is asked at the original t of each jump.
+        all T times and is asked at the original t of each jump. seen: a list to which each jump adds (t, x_t, x0^).
         """
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
         times = self.ddim_times(steps, spacing)
         for step, prev in zip(times[::-1], times[-2::-1] + [None]):
             t = torch.full((len(x),), step, device=x.device)
             x0, eps = self.predict(net, x, t, y, clip)
+            if seen is not None:
+                seen.append((step, x, x0))
             if prev is None:                                       # the last jump lands on abar = 1: the image itself
                 return x0
             mean, s = self.ddim_jump(x0, eps, step, prev, eta)
@@ -142,6 +144,24 @@ class Diffusion(nn.Module):
         """One DDIM jump from time `step` to `prev`: the mean (B, C, H, W) and standard deviation of x_prev."""
         s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - self.abar[step] / self.abar[prev])).sqrt()
         return self.abar[prev].sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).clamp(min=0).sqrt() * eps, s
+
+
+def guided(net, weight):
+    """Classifier-free guidance (Ho and Salimans 2022): a net that returns (1 + w) eps(x_t, t, y) - w eps(x_t, t, no y).
+
+    It overdoes what y asks for, if the net was trained with y dropped, set to 0, now and then. Weight 0: the net itself.
+    """
+    def steered(x, t, y):
+        with_y, without = net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.zeros_like(y)])).float().chunk(2)
+        return (1 + weight) * with_y - weight * without
+    return steered if weight else net
+
+
+def beside(net, image):
+    """A net whose input is x_t with another image (B, C, H, W) in [-1, 1] in further channels: the tree's reconstruction."""
+    def both(x, t, y):
+        return net(torch.cat([x, image.repeat(len(x) // len(image), 1, 1, 1)], 1), t, y)
+    return both
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,12 +226,12 @@ class UNet(nn.Module):
 
     One scale for each multiplier, half the side each time; `blocks` residual blocks a scale; self-attention where the
     feature map's side is in `attention`, and in the middle. Images whose side does not halve that often are zero-padded
-    around (28 -> 32 for four scales) and cut back. Beyond the paper, x_t is added to the output with a gain that depends on t and
+    around (28 -> 32 for four scales) and cut back. extra: further channels of the input, see `beside`. Beyond the paper, x_t is added to the output with a gain that depends on t and
     y and starts at 0: all else passes group norms and cannot tell how strong the noise is, so that without it a small net given
     10% more noise predicted 1% more, and DDIM left the difference in the image.
     """
 
-    def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3):
+    def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3, extra=0):
         super().__init__()
         c_image, side, _ = image_shape
         step = 2 ** (len(multipliers) - 1)
@@ -221,7 +241,7 @@ class UNet(nn.Module):
         side += 2 * self.pad
         self.channels, self.emb_dim = channels, 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, self.emb_dim), nn.SiLU(), nn.Linear(self.emb_dim, self.emb_dim))
-        self.first = nn.Conv2d(c_image, channels, 3, padding=1)
+        self.first = nn.Conv2d(c_image + extra, channels, 3, padding=1)
 
         def stage(c_in, c_out):
             layers = [ResBlock(c_in, c_out, self.emb_dim, dropout)]
@@ -265,7 +285,7 @@ class UNet(nn.Module):
         h = self.last(h).float()
         h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
         gain = (F.silu(emb.float()) * self.gain).sum(1)                # (B,)
-        return h + gain.view(-1, 1, 1, 1) * x
+        return h + gain.view(-1, 1, 1, 1) * x[:, :h.shape[1]]
 
 
 def run(layers, h, emb):

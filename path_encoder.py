@@ -9,6 +9,8 @@ which the U-Net adds to its embedding of the time. f_z says what the image looks
 f_id which nodes it went through, and so which cluster it belongs to. It is trained with the U-Net, on its loss.
 
 In: z (B, D, latent_channels, r, r) and nodes (B, D), the two fields of `treevae.Path`. Out: y (B, emb_dim).
+
+The paper's ablation (Tables 1-3) tells the U-Net less: only the leaf's z, only its index, both, or nothing.
 """
 
 import torch
@@ -20,26 +22,44 @@ def two_layers(c_in, emb_dim):
     return nn.Sequential(nn.Linear(c_in, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
 
+SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
+
+
 class PathEncoder(nn.Module):
     """y of section 3.2. latent_shape: (C, r, r); n_nodes: how many ids there are, pruned ones included; emb_dim: of y.
+
+    signal: what y is made of: "path" (the paper), "leaf" (its z and index), "leaf-index", "leaf-latent", "none" (y is None).
 
     A node's index enters f_id one-hot: ids are names, not quantities, and nothing makes node 7 more than node 3. The
     first linear layer of a one-hot vector is a table look-up, which is what `nn.Embedding` is (without a bias).
     """
 
-    def __init__(self, latent_shape, n_nodes, emb_dim):
+    def __init__(self, latent_shape, n_nodes, emb_dim, signal="path"):
         super().__init__()
-        self.f_z = two_layers(torch.Size(latent_shape).numel(), emb_dim)
-        self.f_id = nn.Sequential(nn.Embedding(n_nodes, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if signal not in SIGNALS:
+            raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, not {signal!r}")
+        self.signal = signal
+        if signal not in ("none", "leaf-index"):
+            self.f_z = two_layers(torch.Size(latent_shape).numel(), emb_dim)
+        if signal not in ("none", "leaf-latent"):
+            self.f_id = nn.Sequential(nn.Embedding(n_nodes, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
     def forward(self, z, nodes):
-        """z (B, D, C, r, r), nodes (B, D) long with -1 where a path is padded -> y (B, emb_dim).
+        """z (B, D, C, r, r), nodes (B, D) long with -1 where a path is padded -> y (B, emb_dim), or None.
 
         A sum: neither the order of the nodes nor the padding matters.
         """
-        on_path = (nodes >= 0).unsqueeze(2)                                   # (B, D, 1)
-        parts = self.f_z(z.flatten(2)) + self.f_id(nodes.clamp(min=0))        # (B, D, emb_dim)
-        return (parts * on_path).sum(1)
+        if self.signal == "none":
+            return None
+        if self.signal != "path":                                             # ids rise along a path: the leaf's is the largest
+            leaf = nodes.argmax(1, keepdim=True)
+            nodes, z = nodes.gather(1, leaf), z.flatten(2).take_along_dim(leaf[:, :, None], 1)
+        parts = 0.0                                                           # (B, D, emb_dim)
+        if self.signal != "leaf-index":
+            parts = parts + self.f_z(z.flatten(2))
+        if self.signal != "leaf-latent":
+            parts = parts + self.f_id(nodes.clamp(min=0))
+        return (parts * (nodes >= 0).unsqueeze(2)).sum(1)
 
 
 if __name__ == "__main__":

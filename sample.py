@@ -7,6 +7,8 @@
 tree.png           the tree, generated images at every leaf, the leaf's share of the test images and the classes in it
 leaves.png         new images of each leaf: TreeVAE's own decoder beside the diffusion model, on the same paths
 one_root.png       the same z_0 and the same noise x_T sent through every leaf (Figure 4 of the paper)
+denoising.png      one image of each leaf on its way out of the noise
+interpolation.png  one root sample turning into another, the rest of the randomness held, under one leaf
 growth.gif         the tree while it grew, a frame after every phase of stage 1
 reconstructions.png    test images, their reconstructions by the tree, and by the diffusion model on the same path
 """
@@ -21,29 +23,33 @@ from matplotlib.animation import FuncAnimation
 from torchvision.utils import make_grid
 
 import train
-from diffusion import Diffusion
+from diffusion import Diffusion, guided
 from treevae import Path
 
 
 class Painter:
     """A run with the settings of sampling: from paths to images."""
 
-    def __init__(self, folder, device, steps, eta, data_root=None):
+    def __init__(self, folder, device, steps, eta, guidance=0.0, data_root=None):
         self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device, data_root)
-        self.diffusion, self.steps, self.eta = Diffusion(self.config.timesteps).to(self.device), steps, eta
+        self.diffusion, self.steps, self.eta, self.guidance = Diffusion(self.config.timesteps).to(self.device), steps, eta, guidance
 
     def noise(self, n):
         """x_T: (n, C, H, W), all at once and on the CPU, so that neither batches nor the device change it."""
         return torch.randn(n, *self.tree.image_shape).to(self.device)
 
     @torch.no_grad()
-    def draw(self, path, x_T=None, batch_size=64):
-        """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU."""
+    def draw(self, path, x_T=None, batch_size=64, seen=None):
+        """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU.
+
+        seen: a list for what DDIM saw on the way (of the last batch), as `Diffusion.ddim_sample` has it.
+        """
         x_T, images = self.noise(len(path.z)) if x_T is None else x_T, []
         for rows in torch.arange(len(path.z), device=self.device).split(batch_size):
-            y = self.networks["path_encoder"](path.z[rows], path.nodes[rows])
+            net, y = train.conditioned(self.networks, self.config, self.tree, Path(path.z[rows], path.nodes[rows]))
             with train.autocast(self.config, self.device):
-                images.append(self.diffusion.ddim_sample(self.networks["unet"], x_T[rows].shape, y, self.steps, self.eta, x_T=x_T[rows]))
+                images.append(self.diffusion.ddim_sample(guided(net, self.guidance), x_T[rows].shape, y, self.steps, self.eta,
+                                                         x_T=x_T[rows], seen=seen))
         return self.tree.decode(path).cpu(), (torch.cat(images).cpu() + 1) / 2
 
     @torch.no_grad()
@@ -97,6 +103,36 @@ def draw_tree(painter, images, file):
     train.save_figure(figure, file)
 
 
+def draw_denoising(painter, file, columns=10):
+    """denoising.png: what DDIM has of one image of each leaf, x_t, at `columns` of its steps, and the image it ends with."""
+    seen, path = [], painter.new_paths(1)
+    _, drawn = painter.draw(path, batch_size=len(path.z), seen=seen)
+    chosen = [seen[int(k)] for k in np.linspace(0, len(seen) - 1, min(columns, len(seen)))]
+    rows = torch.cat([torch.stack([(x.cpu() + 1) / 2 for _, x, _ in chosen], 1), drawn[:, None]], 1)
+    figure, ax = plt.subplots(figsize=(0.62 * rows.shape[1], 0.62 * rows.shape[0] + 0.4), layout="constrained")
+    show(ax, rows.flatten(0, 1), rows.shape[1], "x_t of one image of each leaf (rows) at t = " + ", ".join(str(t + 1) for t, _, _ in chosen) + ", 0")
+    train.save_figure(figure, file)
+
+
+def draw_interpolation(painter, leaf, seed, file, n=10, rows=3):
+    """interpolation.png: z_0 on the great circle from one sample to another; all further randomness is the same along a row."""
+    paths, noise = [], []
+    for row in range(rows):
+        start, end = torch.randn(2, *painter.tree.latent_shape, device=painter.device)
+        noise.append(painter.noise(1).expand(n, -1, -1, -1))
+        angle = torch.acos(torch.cosine_similarity(start.flatten(), end.flatten(), 0))
+        for k in torch.linspace(0, 1, n, device=painter.device):
+            torch.manual_seed(seed + row)                              # the z below the root differ by z_0 alone
+            root = (torch.sin((1 - k) * angle) * start + torch.sin(k * angle) * end) / torch.sin(angle)
+            paths.append(painter.tree.sample_path(1, leaf, root[None]))
+        torch.manual_seed(seed + rows + row)
+    decoded, drawn = painter.draw(join(paths), torch.cat(noise))
+    both = torch.stack([part.view(rows, n, *painter.tree.image_shape) for part in (decoded, drawn)], 1)
+    figure, ax = plt.subplots(figsize=(0.62 * n, 0.62 * 2 * rows + 0.4), layout="constrained")
+    show(ax, both.flatten(0, 2), n, f"From one z_0 to another under leaf {leaf}; TreeVAE above diffusion, {rows} pairs")
+    train.save_figure(figure, file)
+
+
 def draw_growth(frames, file):
     """growth.gif: the frames that training left, one a second, the last one longer."""
     figure, ax = plt.subplots(figsize=(8, 5))
@@ -121,14 +157,17 @@ def main(argv=None):
     one.add_argument("--node", type=int, help="only draw new images of the leaves below this node")
     parser.add_argument("--steps", type=int, default=100, help="DDIM steps, 1..T (default: 100)")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM noise: 0 none, 1 as in DDPM (default: 0)")
+    parser.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance, for runs with --drop-condition (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of paths and noise (default: 0)")
     parser.add_argument("--n", type=int, default=8, help="images a row, 1..64 (default: 8)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute (default: auto)")
     flags = parser.parse_args(argv)
     if not (1 <= flags.n <= 64 and 0 <= flags.eta <= 1 and 0 <= flags.seed < 2 ** 31):
         train.fail(f"--n must be in 1..64, --eta in 0..1 and --seed in 0..2147483647, not {flags.n}, {flags.eta} and {flags.seed}")
-    folder, painter = File(flags.run), Painter(flags.run, flags.device, flags.steps, flags.eta, flags.data_root)
+    folder, painter = File(flags.run), Painter(flags.run, flags.device, flags.steps, flags.eta, flags.guidance, flags.data_root)
     tree, n = painter.tree, flags.n
+    if not 0 <= flags.guidance < 100 or flags.guidance and not painter.config.drop_condition:
+        train.fail(f"--guidance must be in 0..100, and 0 for a run that was trained without --drop-condition, not {flags.guidance}")
     if not 1 <= flags.steps <= painter.config.timesteps:
         train.fail(f"--steps must be in 1..{painter.config.timesteps}, not {flags.steps}")
     torch.manual_seed(flags.seed)
@@ -176,8 +215,11 @@ def main(argv=None):
     for ax, images, who in zip(axes, (x.cpu(), decoded, drawn), ("test images", "TreeVAE's decoder", "diffusion")):
         show(ax, images, 2 * n, who)
     train.save_figure(figure, folder / "reconstructions.png")
+    draw_denoising(painter, folder / "denoising.png")
+    with torch.no_grad():
+        draw_interpolation(painter, painter.tree.leaves[0], flags.seed, folder / "interpolation.png")
     draw_growth(train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"], folder / "growth.gif")
-    print(f"wrote tree.png, leaves.png, one_root.png, reconstructions.png and growth.gif into {folder}")
+    print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")
 
 
 if __name__ == "__main__":

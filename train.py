@@ -32,8 +32,8 @@ import torchvision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffusion import Diffusion, UNet
-from path_encoder import PathEncoder
+from diffusion import Diffusion, UNet, beside
+from path_encoder import SIGNALS, PathEncoder
 from treevae import TreeVAE, two_means
 
 matplotlib.use("Agg")
@@ -101,6 +101,9 @@ class Config:
     kl_start_later: float = setting(0.1, "the same in all later phases")
     kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
     # stage 2: the diffusion model
+    condition: str = setting("path", "what of the tree the U-Net is told, the paper's ablation", list(SIGNALS))
+    with_reconstruction: bool = setting(False, "the U-Net also sees the leaf's reconstruction; with --condition none: \"TreeVAE + Diffusion\"")
+    drop_condition: float = setting(0.0, "share of images whose condition is dropped in training, for sample.py --guidance")
     unet_channels: int = setting(32, "channels of the U-Net at full size", least=1)
     unet_multipliers: str = setting("1,2,2", "channels at each scale, in multiples of that; comma-separated")
     unet_blocks: int = setting(1, "residual blocks a scale", least=1)
@@ -502,8 +505,17 @@ def build_tree(config, image_shape, parents=(-1, 0, 0)):
 def build_denoiser(config, tree):
     """The networks of stage 2: {"unet", "path_encoder"}."""
     unet = UNet(tree.image_shape, config.unet_channels, int_list(config.unet_multipliers), config.unet_blocks,
-                int_list(config.unet_attention), config.dropout)
-    return nn.ModuleDict({"unet": unet, "path_encoder": PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim)})
+                int_list(config.unet_attention), config.dropout, tree.image_shape[0] * config.with_reconstruction)
+    return nn.ModuleDict({"unet": unet, "path_encoder": PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition)})
+
+
+def conditioned(networks, config, tree, path):
+    """What a path tells the U-Net: the net to ask, which sees the reconstruction if it shall, and y (B, emb_dim) or None."""
+    net = networks["unet"]
+    if config.with_reconstruction:
+        with torch.no_grad():
+            net = beside(net, 2 * tree.decode(path) - 1)
+    return net, networks["path_encoder"](*path)
 
 
 def autocast(config, device):
@@ -534,7 +546,10 @@ def train_diffusion(run, tree, data):
         with torch.no_grad():
             path = tree.infer_path(x)                                  # one leaf sampled from P(l; c), and its z: eq. (6)
         with autocast(config, device):
-            loss = diffusion.loss(networks["unet"], 2 * x - 1, networks["path_encoder"](*path))       # eq. (30)
+            net, y = conditioned(networks, config, tree, path)
+            if config.drop_condition and y is not None:
+                y = y * (torch.rand(len(x), 1, device=device) >= config.drop_condition)
+            loss = diffusion.loss(net, 2 * x - 1, y)                   # eq. (30)
         return loss, {"loss": loss}
 
     train_phase(run, "diffusion", step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
@@ -673,8 +688,8 @@ def check(config):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
     if config.min_share * config.max_leaves > 1:
         fail(f"{config.max_leaves} leaves cannot all have a share of {config.min_share}: lower --min-share or --max-leaves")
-    if config.unet_channels % 2 or config.dropout >= 1 or config.max_images == 1:
-        fail("--unet-channels must be even, --dropout below 1 and --max-images not 1: batch norm needs two images")
+    if config.unet_channels % 2 or max(config.dropout, config.drop_condition) >= 1 or config.max_images == 1:
+        fail("--unet-channels must be even, --dropout and --drop-condition below 1 and --max-images not 1: batch norm needs two images")
     return config
 
 

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import diffusion
+import path_encoder
 from diffusion import Diffusion, UNet
 from path_encoder import PathEncoder
 
@@ -232,3 +234,45 @@ def test_the_loss_goes_down_and_y_is_used():
     assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
     images = diffusion.ddim_sample(net.eval(), (8, 1, 4, 4), table(torch.tensor([0, 1] * 4)), steps=20)
     assert images[0::2].mean() < -0.5 and images[1::2].mean() > 0.5
+
+
+# -- conditioning -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("signal", path_encoder.SIGNALS)
+def test_each_signal_hears_what_it_should(signal):
+    torch.manual_seed(0)
+    encoder = path_encoder.PathEncoder((2, 1, 1), n_nodes=5, emb_dim=6, signal=signal)
+    nodes, z = torch.tensor([[0, 1, 4], [0, 2, -1]]), torch.randn(2, 3, 2, 1, 1)
+    y = encoder(z, nodes)
+    if signal == "none":
+        assert y is None
+        return
+    def changed(z, nodes):
+        return [not torch.allclose(a, b, atol=1e-6) for a, b in zip(encoder(z, nodes), y)]
+    def moved(level):
+        return torch.stack([z[:, k] + (k == level) for k in range(3)], 1)
+    assert y.shape == (2, 6)
+    assert changed(moved(0), nodes) == [signal == "path"] * 2                                      # the root's z
+    assert changed(moved(1), nodes) == [signal == "path", signal != "leaf-index"]                   # the second image's leaf is there
+    assert changed(moved(2), nodes) == [signal != "leaf-index", False]                              # the other's is padding
+    assert changed(z, torch.tensor([[0, 1, 3], [0, 2, -1]])) == [signal != "leaf-latent", False]    # another leaf
+
+
+def test_guidance_is_its_formula_and_none_at_weight_zero():
+    def net(x, t, y):
+        return x * y.sum(1).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1)
+    x, t, y = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3]), torch.randn(3, 5)
+    assert diffusion.guided(net, 0.0) is net
+    expected = 3.0 * net(x, t, y) - 2.0 * net(x, t, torch.zeros_like(y))
+    assert torch.allclose(diffusion.guided(net, 2.0)(x, t, y), expected, atol=1e-5)
+
+
+def test_a_reconstruction_beside_the_image_is_seen_also_under_guidance():
+    torch.manual_seed(0)
+    net = UNet((1, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, extra=1).eval()
+    torch.nn.init.normal_(net.last[2].weight)
+    x, t, y, seen = torch.randn(2, 1, 8, 8), torch.tensor([5, 700]), torch.randn(2, net.emb_dim), torch.rand(2, 1, 8, 8)
+    out = diffusion.beside(net, seen)(x, t, y)
+    assert out.shape == x.shape and not torch.allclose(out, diffusion.beside(net, seen + 0.5)(x, t, y))
+    steered = diffusion.guided(diffusion.beside(net, seen), 1.0)(x, t, y)
+    assert torch.allclose(steered, 2 * out - diffusion.beside(net, seen)(x, t, torch.zeros_like(y)), atol=1e-4)

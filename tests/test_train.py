@@ -37,7 +37,8 @@ def test_a_run_leaves_all_its_files(finished):
 
 def test_pictures_and_metrics_of_a_run(finished, capsys):
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
-    for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "growth.gif"):
+    for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "denoising.png", "interpolation.png",
+                 "growth.gif"):
         assert (finished / name).stat().st_size > 5000
     leaf = train.load_run(finished, "cpu")[3].leaves[0]
     sample.main([str(finished), "--leaf", str(leaf), "--n", "2", "--steps", "2", "--eta", "0.5", "--device", "cpu"])
@@ -88,6 +89,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(finished, tmp_path, monk
             assert one["parents"] == other["parents"]
             one, other = one["state_dict"], other["state_dict"]
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize("signal, reconstruction", [("leaf", False), ("none", True), ("path", True)])
+def test_every_conditioning_trains_and_samples(tmp_path, signal, reconstruction):
+    config = train.Config(condition=signal, with_reconstruction=reconstruction, unet_channels=8, unet_multipliers="1,2", drop_condition=0.5)
+    tree = train.build_tree(config, (1, 28, 28)).eval()
+    networks = train.build_denoiser(config, tree).eval()
+    for part in (networks["unet"].last[2].weight, networks["unet"].gain):      # which start at 0
+        torch.nn.init.normal_(part)
+    path = tree.sample_path(3)
+    net, y = train.conditioned(networks, config, tree, path)
+    x, t = torch.randn(3, 1, 28, 28), torch.tensor([1, 500, 900])
+    assert net(x, t, y).shape == x.shape and (y is None) == (signal == "none")
+    other = path._replace(z=path.z + torch.tensor([1.0, 0.0])[: path.z.shape[1]].view(1, -1, 1, 1, 1))   # another root alone
+    net_2, y_2 = train.conditioned(networks, config, tree, other)
+    assert torch.equal(net(x, t, y), net_2(x, t, y_2)) == (signal != "path")    # only the whole path tells of the root
+    leaf = path._replace(z=path.z + 1)
+    assert not torch.equal(net(x, t, y), (lambda n, c: n(x, t, c))(*train.conditioned(networks, config, tree, leaf)))
 
 
 def test_another_seed_gives_another_run(finished, tmp_path):
