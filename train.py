@@ -134,7 +134,8 @@ PRESETS = {
 PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128, contrastive=100.0,
                     contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
-DRAWN = dict(max_leaves=8, starts=3, tree_batch_size=64, subtree_batch_size=64, diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
+DRAWN = dict(max_leaves=8, starts=3, start_epochs=1, initial_epochs=6, finetune_epochs=8, tree_batch_size=128, subtree_batch_size=64,
+             diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
 DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}                      # over "tiny" and "small"
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
