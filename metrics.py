@@ -8,6 +8,7 @@ function takes arrays and can be used alone; labels are used here and nowhere in
 
 import argparse
 import json
+import math
 from pathlib import Path as File
 
 import numpy as np
@@ -113,22 +114,38 @@ def normalized_mutual_info(leaf_of_image, labels):
     return 2 * (of_leaf + of_class - entropy(joint)) / (of_leaf + of_class) if of_leaf + of_class > 0 else 1.0
 
 
+def adjusted_rand_index(leaf_of_image, labels):
+    """The share of pairs of images on which leaves and classes agree, 0 for what chance gives and 1 for all of them."""
+    counts = contingency(leaf_of_image, labels)
+    def pairs(n):
+        return (n * (n - 1) / 2).sum()
+    both, of_leaf, of_class = pairs(counts), pairs(counts.sum(1)), pairs(counts.sum(0))
+    chance, most = of_leaf * of_class / max(1, pairs(counts.sum())), (of_leaf + of_class) / 2
+    return (both - chance) / (most - chance) if most != chance else 1.0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(tree, images, labels):
-    """All numbers of a tree on images (N, C, H, W) uint8 with labels (N,): {name: number, or list by leaf}."""
+def evaluate(tree, images, labels, ll_samples=0):
+    """All numbers of a tree on images (N, C, H, W) uint8 with labels (N,): {name: number, or list by leaf}.
+
+    ll_samples: K of `TreeVAE.log_likelihood`, on the first 1,000 images; 0: without.
+    """
     leaf_of_image = np.array(tree.leaves)[train.leaf_probs(tree, images).argmax(1).cpu().numpy()]
     labels = np.asarray(labels)
     terms = [tree.elbo(x.float() / 255) for x in images.split(1000)]
+    bound = [tree.log_likelihood(x.float() / 255, ll_samples) for x in images[:1000 * (ll_samples > 0)].split(100) if len(x)]
+    likelihood = dict(log_likelihood=torch.cat(bound).mean().item()) if bound else {}
     sizes = [int((leaf_of_image == leaf).sum()) for leaf in tree.leaves]
     return dict(
         images=len(labels), leaves=tree.leaves, leaf_sizes=sizes, smallest_leaf=min(sizes) / len(labels),
         dendrogram_purity=dendrogram_purity(tree.parents, leaf_of_image, labels),
         leaf_purity=leaf_purity(leaf_of_image, labels), accuracy=cluster_accuracy(leaf_of_image, labels),
         normalized_mutual_info=normalized_mutual_info(leaf_of_image, labels),
+        adjusted_rand_index=adjusted_rand_index(leaf_of_image, labels), confusion=contingency(leaf_of_image, labels).tolist(), **likelihood,
         **{name: torch.cat([t[name] for t in terms]).mean().item() for name in terms[0]})
 
 
@@ -138,19 +155,25 @@ def main(argv=None):
     parser.add_argument("run", help="the folder of a run, such as runs/fashion")
     parser.add_argument("--data-root", help="folder of downloaded data sets (default: the run's)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="where to compute (default: auto)")
+    parser.add_argument("--ll-samples", type=int, default=0, help="samples of the bound on log p(x), of 1,000 images; the papers take 1000 (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the ELBO's samples (default: 0)")
     flags = parser.parse_args(argv)
+    if flags.ll_samples < 0:
+        train.fail(f"--ll-samples must be at least 0, not {flags.ll_samples}")
     config, device, data, tree, _ = train.load_run(flags.run, flags.device, flags.data_root, need_diffusion=False)
     torch.manual_seed(flags.seed)
-    result = evaluate(tree, data.test_images.to(device), data.test_labels)
+    result = evaluate(tree, data.test_images.to(device), data.test_labels, flags.ll_samples)
     result = {"dataset": config.dataset, "preset": config.preset, "seed": config.seed, **result}
     path = File(flags.run) / "metrics.json"
     train.write(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     print(f"{config.dataset}, preset {config.preset}, seed {config.seed}: {result['images']} test images")
-    for name in ("dendrogram_purity", "leaf_purity", "accuracy", "normalized_mutual_info"):
+    for name in ("dendrogram_purity", "leaf_purity", "accuracy", "normalized_mutual_info", "adjusted_rand_index"):
         print(f"  {name.replace('_', ' '):24s}{result[name]:9.3f}")
     for name in ("elbo", "reconstruction", "kl_root", "kl_nodes", "kl_decisions"):
         print(f"  {name.replace('_', ' '):24s}{result[name]:9.2f} nats an image")
+    if "log_likelihood" in result:
+        bits = -result["log_likelihood"] / math.log(2) / data.test_images[0].numel()
+        print(f"  {'log p(x) is at least':24s}{result['log_likelihood']:9.2f} nats an image, {bits:.3f} bits a pixel ({flags.ll_samples} samples)")
     print("  leaf sizes              " + ", ".join(f"{leaf}: {size}" for leaf, size in zip(result["leaves"], result["leaf_sizes"])))
     print(f"written to {path}")
 

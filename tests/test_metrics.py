@@ -81,3 +81,13 @@ def test_edges():
     assert metrics.leaf_purity(np.zeros(6, int), labels) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="one label for each image"):
         metrics.leaf_purity(np.zeros(5, int), labels)
+
+
+def test_adjusted_rand_index_by_hand():
+    """Worked out on paper: leaves {a a b | b b} of five images; 4 and 4 pairs together, 2 in both, 10 in all."""
+    clusters, labels = [3, 3, 3, 4, 4], [0, 0, 1, 1, 1]
+    chance = 4 * 4 / 10
+    assert metrics.adjusted_rand_index(clusters, labels) == pytest.approx((2 - chance) / (4 - chance))
+    assert metrics.adjusted_rand_index([1, 1, 2], [5, 5, 7]) == 1 and metrics.adjusted_rand_index([1, 1], [0, 0]) == 1
+    rng = np.random.default_rng(0)
+    assert abs(metrics.adjusted_rand_index(rng.integers(0, 4, 20000), rng.integers(0, 5, 20000))) < 0.002       # chance is 0
