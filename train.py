@@ -136,7 +136,7 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, start_epochs=1, initial_epochs=6, finetune_epochs=8, tree_batch_size=128, subtree_batch_size=64,
              diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
-DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN}                      # over "tiny" and "small"
+DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(initial_epochs=15)}                      # over "tiny" and "small"
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
