@@ -63,8 +63,8 @@ def setting(default, help, choices=None, least=0):
 @dataclass
 class Config:
     """All settings of a run; config.json is this, and `python train.py --help` prints it."""
-    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), fashion or mnist (downloaded)",
-                           ["shapes", "shapes-rgb", "fashion", "mnist"])
+    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), fashion, mnist or cifar10 (downloaded)",
+                           ["shapes", "shapes-rgb", "fashion", "mnist", "cifar10"])
     preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)", ["auto", "tiny", "small", "paper"])
     data_root: str = setting("data", "folder of downloaded data sets")
     out: str = setting("", "the run's folder; runs/<dataset> if empty")
@@ -136,10 +136,10 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, start_epochs=1, initial_epochs=6, finetune_epochs=8, tree_batch_size=128, subtree_batch_size=64,
              diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
-DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(initial_epochs=15)}                      # over "tiny" and "small"
+DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(initial_epochs=15)}   # over "tiny" and "small"
 QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 25",
+HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 30",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
             "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
@@ -200,7 +200,8 @@ def load_data(config):
     if config.dataset in ("shapes", "shapes-rgb"):
         colour = config.dataset == "shapes-rgb"
         return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
-    kind = {"fashion": torchvision.datasets.FashionMNIST, "mnist": torchvision.datasets.MNIST}[config.dataset]
+    sets = torchvision.datasets
+    kind = {"fashion": sets.FashionMNIST, "mnist": sets.MNIST, "cifar10": sets.CIFAR10}[config.dataset]
     folder = File(config.data_root) / kind.__name__
     fresh = [path for path in [folder, *folder.parents] if not path.exists()]
     try:
@@ -211,8 +212,10 @@ def load_data(config):
             shutil.rmtree(fresh[-1], ignore_errors=True)
         fail(f"{kind.__name__} can be neither read from {config.data_root!r} nor downloaded ({first_line(error)}); "
              "connect to the network once, or point --data-root at a folder that has it")
-    train, test = [(part.data[:, None], part.targets) for part in parts]
-    return Data(*train, *test, parts[0].classes)
+    def tensors(part):
+        x = torch.as_tensor(part.data)                                 # (N, H, W), or in colour (N, H, W, 3)
+        return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(part.targets)
+    return Data(*tensors(parts[0]), *tensors(parts[1]), parts[0].classes)
 
 
 class Views(NamedTuple):
@@ -663,7 +666,7 @@ def parse_flags(argv):
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
-    of_data = DATASET_DEFAULTS.get(dataset, {}) if preset != "paper" else PAPER_COLOUR if dataset == "shapes-rgb" else {}
+    of_data = DATASET_DEFAULTS.get(dataset, {}) if preset != "paper" else PAPER_COLOUR if dataset in ("shapes-rgb", "cifar10") else {}
     defaults = PRESETS[preset] | of_data | (QUICK if quick else {})
     return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), False
 

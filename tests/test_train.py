@@ -1,6 +1,7 @@
 """The commands: both stages end to end, interruption, data sets, and what a user sees for a mistake."""
 
 import json
+import pickle
 import urllib.error
 
 import numpy as np
@@ -130,6 +131,15 @@ def test_every_preset_builds_its_networks():
     assert (paper.initial_epochs, paper.subtree_epochs, paper.intermediate_epochs, paper.finetune_epochs) == (150, 150, 80, 200)
 
 
+def test_appendix_d_in_colour():
+    config, _ = train.parse_flags(["--preset", "paper", "--dataset", "cifar10"])
+    assert (config.encoder, config.latent_channels, config.bottom_up_channels, config.representation_dim) == ("resnet", 64, 128, 4)
+    assert (config.contrastive, config.contrastive_later, config.starts, config.guide, config.augmented_elbo) == (100, 1, 0, 0, True)
+    assert (config.intermediate_epochs, config.finetune_epochs, config.kl_start, config.kl_per_epoch) == (0, 0, 0.01, 0.01)
+    assert (config.unet_channels, config.unet_attention) == (128, "16,8")
+    assert train.parse_flags(["--dataset", "shapes-rgb", "--preset", "tiny"])[0].initial_epochs == 15
+
+
 # -- random views ------------------------------------------------------------------------------------------------------
 
 def test_random_views_keep_what_they_must():
@@ -244,11 +254,27 @@ def test_data_sets_load_from_their_public_layout(tmp_path, name, folder):
     assert data.test_labels.tolist() == list(range(10)) and len(data.classes) == 10
 
 
+def test_cifar10_loads_from_its_public_layout(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": rng.integers(0, 256, (4, 3072)).astype(np.uint8), "labels": [0, 1, 2, 3]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: path.exists() if hasattr(path, "exists") else True)
+    data = train.load_data(train.Config(dataset="cifar10", data_root=str(tmp_path)))
+    assert data.images.shape == (20, 3, 32, 32) and data.images.dtype == torch.uint8 and data.test_images.shape == (4, 3, 32, 32)
+    first = pickle.loads((folder / "data_batch_1").read_bytes())["data"][0].reshape(3, 32, 32)
+    assert (data.images[0].numpy() == first).all() and data.labels[:4].tolist() == [0, 1, 2, 3] and data.classes[0] == "a"
+
+
 def test_shapes_are_the_same_everywhere_and_even():
     images, labels = train.draw_shapes(400, seed=0)
     again, _ = train.draw_shapes(400, seed=0)
     assert torch.equal(images, again) and images.shape == (400, 1, 28, 28) and images.float().max() > 200
     assert torch.bincount(labels).min() > 25 and len(train.SHAPES) == 8
+    colour, same_labels = train.draw_shapes(400, seed=0, colour=True)
+    assert colour.shape == (400, 3, 32, 32) and torch.equal(labels, same_labels)
     centre = images[:, 0, 12:16, 12:16].float().mean((1, 2))
     assert centre[labels < 4].min() > 150 and centre[(labels >= 4) & (labels != 7)].max() < 60      # filled or outlined
 
