@@ -27,6 +27,10 @@ from diffusion import Diffusion, guided
 from treevae import Path
 
 
+# of Okabe and Ito, which colour-blind eyes tell apart, and two more
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000", "#999999", "#8b5a2b"]
+
+
 class Painter:
     """A run with the settings of sampling: from paths to images."""
 
@@ -87,13 +91,12 @@ def draw_tree(painter, images, file):
     figure, ax = plt.subplots(figsize=(1.5 * len(tree.leaves) + 1, 8))
     bottom = train.draw_tree(ax, tree.parents, tree.leaves, shares, (255 * images[:, :3].clamp(0, 1)).byte())
     if data.classes:
-        colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
         for k in range(len(tree.leaves)):
             counts = np.bincount(data.test_labels[column == k], minlength=len(data.classes))
             left = k - 0.47
             for c in counts.argsort()[::-1]:                           # one bar: the classes in this leaf, largest first
                 width = 0.94 * counts[c] / max(1, counts.sum())
-                ax.barh(bottom - 0.15, width, left=left, height=0.22, color=colours[c % 20], edgecolor="white", lw=0.3)
+                ax.barh(bottom - 0.15, width, left=left, height=0.22, color=COLOURS[c % len(COLOURS)], edgecolor="white", lw=0.3)
                 left += width
             top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in counts.argsort()[::-1][:3] if counts[c]]
             ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top",
