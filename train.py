@@ -242,7 +242,7 @@ def random_view(x, views):
     area, ratio = uniform(*views.scale), uniform(*map(math.log, views.ratio)).exp()
     size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)    # (B, 2) width, height; the image's are 1
     centre = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1) * (1 - size)
-    flip = torch.stack([uniform(-1, 1).sign(), torch.ones(len(x), device=x.device)], 1)
+    flip = torch.stack([torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.ones(len(x), device=x.device)], 1)
     grid = nn.functional.affine_grid(torch.cat([torch.diag_embed(size * flip), centre[:, :, None]], 2), x.shape, align_corners=False)
     x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
