@@ -145,7 +145,8 @@ def evaluate(tree, images, labels, ll_samples=0):
         dendrogram_purity=dendrogram_purity(tree.parents, leaf_of_image, labels),
         leaf_purity=leaf_purity(leaf_of_image, labels), accuracy=cluster_accuracy(leaf_of_image, labels),
         normalized_mutual_info=normalized_mutual_info(leaf_of_image, labels),
-        adjusted_rand_index=adjusted_rand_index(leaf_of_image, labels), confusion=contingency(leaf_of_image, labels).tolist(), **likelihood,
+        adjusted_rand_index=adjusted_rand_index(leaf_of_image, labels), **likelihood,
+        confusion=[np.bincount(labels[leaf_of_image == leaf], minlength=labels.max() + 1).tolist() for leaf in tree.leaves],
         **{name: torch.cat([t[name] for t in terms]).mean().item() for name in terms[0]})
 
 
@@ -173,7 +174,8 @@ def main(argv=None):
         print(f"  {name.replace('_', ' '):24s}{result[name]:9.2f} nats an image")
     if "log_likelihood" in result:
         bits = -result["log_likelihood"] / math.log(2) / data.test_images[0].numel()
-        print(f"  {'log p(x) is at least':24s}{result['log_likelihood']:9.2f} nats an image, {bits:.3f} bits a pixel ({flags.ll_samples} samples)")
+        grey = f", {bits:.3f} bits a dimension" * (tree.likelihood == "bernoulli")     # in colour p(x) is a density
+        print(f"  {'log p(x) is at least':24s}{result['log_likelihood']:9.2f} nats an image{grey} ({flags.ll_samples} samples)")
     print("  leaf sizes              " + ", ".join(f"{leaf}: {size}" for leaf, size in zip(result["leaves"], result["leaf_sizes"])))
     print(f"written to {path}")
 

@@ -14,6 +14,7 @@ reconstructions.png    test images, their reconstructions by the tree, and by th
 """
 
 import argparse
+import math
 from pathlib import Path as File
 
 import matplotlib.pyplot as plt
@@ -118,16 +119,17 @@ def draw_denoising(painter, file, columns=10):
 
 
 def draw_interpolation(painter, leaf, seed, file, n=10, rows=3):
-    """interpolation.png: z_0 on the great circle from one sample to another; all further randomness is the same along a row."""
+    """interpolation.png: z_0 from one sample to another; all further randomness is the same along a row.
+
+    cos(a) z + sin(a) z' with a from 0 to a right angle is itself a sample of N(0, I) for every a, which a straight line is not.
+    """
     paths, noise = [], []
     for row in range(rows):
         start, end = torch.randn(2, *painter.tree.latent_shape, device=painter.device)
         noise.append(painter.noise(1).expand(n, -1, -1, -1))
-        angle = torch.acos(torch.cosine_similarity(start.flatten(), end.flatten(), 0))
-        for k in torch.linspace(0, 1, n, device=painter.device):
+        for angle in torch.linspace(0, math.pi / 2, n):
             torch.manual_seed(seed + row)                              # the z below the root differ by z_0 alone
-            root = (torch.sin((1 - k) * angle) * start + torch.sin(k * angle) * end) / torch.sin(angle)
-            paths.append(painter.tree.sample_path(1, leaf, root[None]))
+            paths.append(painter.tree.sample_path(1, leaf, (angle.cos() * start + angle.sin() * end)[None]))
         torch.manual_seed(seed + rows + row)
     decoded, drawn = painter.draw(join(paths), torch.cat(noise))
     both = torch.stack([part.view(rows, n, *painter.tree.image_shape) for part in (decoded, drawn)], 1)
@@ -142,7 +144,7 @@ def draw_growth(frames, file):
     def draw(k):
         ax.clear()
         train.draw_tree(ax, **frames[min(k, len(frames) - 1)])
-        ax.set(xlim=(-0.6, len(frames[-1]["leaves"]) - 0.4), ylim=(-1.7, None))
+        ax.set(xlim=(-0.6, max(len(frame["leaves"]) for frame in frames) - 0.4), ylim=(-1.7, None))
     film = FuncAnimation(figure, draw, frames=len(frames) + 3)
     part = file.with_name("part_" + file.name)                         # the writer goes by the name's end
     film.save(part, writer="pillow", fps=1, dpi=80)

@@ -3,6 +3,7 @@
     python train.py                        the embedded data set `shapes`, no download: minutes on a laptop CPU
     python train.py --dataset fashion      Fashion-MNIST, downloaded through torchvision into --data-root
     python train.py --dataset fashion --resume      goes on where it stopped, whatever stopped it
+    torchrun --nproc_per_node=2 train.py ...        the same on two GPUs: each has its part of every batch
 
 Everything lands in runs/<dataset> (or --out): config.json, log.csv, tree.pt, diffusion.pt, checkpoint.pt, curves.png and
 growth.png. `sample.py` and `metrics.py` take that folder.
@@ -29,6 +30,7 @@ import matplotlib
 import numpy as np
 import torch
 import torchvision
+from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -87,12 +89,12 @@ class Config:
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    starts: int = setting(5, "trees to start with, of which the one with the lowest loss goes on; 0: one, without more ado")
+    starts: int = setting(5, "trees to start with, of which the one with the best ELBO and contrast goes on; 0: one, without more ado")
     start_epochs: int = setting(2, "epochs of each", least=1)
     contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
-    contrastive_later: float = setting(0.1, "what is left of it in the later phases, as a share")
+    contrastive_later: float = setting(0.1, "what is left of it when all parameters train again, or a split without guide, as a share")
     augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
-    guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half")
+    guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half (0 without contrastive)")
     initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
@@ -135,9 +137,10 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
                     contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, start_epochs=1, initial_epochs=6, finetune_epochs=8, tree_batch_size=128, subtree_batch_size=64,
-             diffusion_epochs=10, unet_channels=16, unet_multipliers="1,2,4")
+             kl_per_epoch=0.13, diffusion_epochs=10, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
+             unet_blocks=1, unet_multipliers="1,2,4")
 DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(initial_epochs=15)}   # over "tiny" and "small"
-QUICK = dict(max_images=2048, max_leaves=4, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
+QUICK = dict(max_images=2048, max_leaves=5, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 30",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
@@ -273,11 +276,36 @@ SAVE_SECONDS = 60.0
 
 
 def write(path, save):
-    """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half."""
-    part = File(path).with_name(File(path).name + ".part")
-    with open(part, "wb") as file:
-        save(file)
-    os.replace(part, path)
+    """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half.
+
+    Of several processes only the first writes.
+    """
+    if world()[0] == 0:
+        part = File(path).with_name(File(path).name + ".part")
+        with open(part, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def world():
+    """(rank, n) of this process among those that torchrun started; (0, 1) where it did not."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(tensors, mean=True):
+    """Give tensors, in place and as one message, the same values in all processes: their means, or those of the first."""
+    tensors = [t for t in tensors if t is not None and t.is_floating_point()]
+    if world()[1] > 1 and tensors:
+        flat = torch.cat([t.detach().flatten().float() for t in tensors])
+        if mean:
+            dist.all_reduce(flat)
+            flat /= world()[1]
+        else:
+            dist.broadcast(flat, 0)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.detach().copy_(part.view_as(t))
 
 
 class Run:
@@ -313,7 +341,8 @@ class Run:
 
     def say(self, text, last=False):
         """The live line, which its last version leaves standing."""
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
+        if world()[0] == 0:
+            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
         self.shown = time.monotonic()
 
 
@@ -356,7 +385,11 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
         set_random_state(state["random"], device)
-    batch_size = min(batch_size, len(images))
+    (rank, n), running = world(), [b for b in network.buffers() if b.is_floating_point()]
+    agree(network.state_dict().values(), mean=False)
+    if rank:
+        torch.manual_seed(run.config.seed + 1_000_003 * (rank + n * len(state["log"])))      # other noise for other images
+    batch_size = min(batch_size, len(images)) // n * n                 # the same with any number of processes
     n_batches = len(images) // batch_size                              # what is left over joins another epoch's batches
     sums, began, done = state["sums"] if state.get("training") else {}, time.monotonic(), 0
 
@@ -377,10 +410,11 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
             progress = step / (epochs * n_batches)
             decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[lr_decay]
             optimizer.param_groups[0]["lr"] = lr * decay * min(1, (step + 1) / warmup_steps)
-            x = images[order[batch * batch_size:(batch + 1) * batch_size]].float() / 255
+            x = images[order[batch * batch_size:(batch + 1) * batch_size][rank::n]].float() / 255
             loss, terms = step_loss(x, epoch, progress)
             optimizer.zero_grad()
             loss.backward()
+            agree([p.grad for p in network.parameters()])
             if grad_clip:
                 nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
             optimizer.step()
@@ -397,6 +431,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                 means(batch + 1)
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
                          sums={name: float(value) for name, value in sums.items()})
+        agree([value for _, value in sorted(sums.items()) if torch.is_tensor(value)])
         row = means(n_batches)
         shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in row.items() if name.startswith("P_"))
         state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=state["phase"], node=state["node"],
@@ -404,6 +439,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                                  leaf_shares=shares))
         sums.clear()
         state["batch"] = 0
+    agree(running)                                               # batch norm's running statistics
     run.say(f"{clock(time.monotonic() - run.started)}  {title}, {epochs} epochs: {in_words(row)}", last=True)
 
 
@@ -460,7 +496,7 @@ def train_tree(run, tree, data):
 
         def step_loss(x, epoch, progress):
             view = random_view(x, VIEWS[x.shape[1]]) if contrastive and centres is None else None
-            if view is not None and config.augmented_elbo:
+            if config.augmented_elbo:
                 x = random_view(x, VIEWS[x.shape[1]])
             guide = 0.0 if centres is None else config.guide * max(0.0, 1 - 2 * progress)
             return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive, centres, guide)
@@ -482,12 +518,14 @@ def train_tree(run, tree, data):
             with torch.no_grad():
                 x = data.images[mask][:5000].float() / 255
                 centres = two_means(tree.eval().features(tree.bottom_up_pass(x), node))
+                agree([centres], mean=False)
+                centres = None if centres[0].equal(centres[1]) else centres    # images all alike
         run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), centres=centres, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
 
 
 def next_start(run, tree):
-    """The first split decides much of the tree: a few are tried, and the one with the lowest loss goes on."""
+    """The first split decides much of the tree: a few are tried, and the one with the best ELBO and contrast goes on."""
     state, config = run.state, run.config
     row = state["log"][-1]
     loss, k = config.contrastive * row.get("contrastive", 0.0) - row["elbo"], state["start"] + 1
@@ -692,6 +730,8 @@ def check(config):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
     if config.min_share * config.max_leaves > 1:
         fail(f"{config.max_leaves} leaves cannot all have a share of {config.min_share}: lower --min-share or --max-leaves")
+    if config.drop_condition and config.condition == "none":
+        fail("--drop-condition has nothing to drop with --condition none")
     if config.unet_channels % 2 or max(config.dropout, config.drop_condition) >= 1 or config.max_images == 1:
         fail("--unet-channels must be even, --dropout and --drop-condition below 1 and --max-images not 1: batch norm needs two images")
     return config
@@ -727,7 +767,12 @@ def pick_device(name):
         fail(f"there is no {name} device here; use --device {[n for n, yes in there.items() if yes][0]}, or leave it out")
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
-    return torch.device(name if name != "auto" else [n for n, yes in there.items() if yes][0])
+    name = name if name != "auto" else [n for n, yes in there.items() if yes][0]
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():       # started by torchrun
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def load_run(folder, device="auto", data_root=None, need_diffusion=True):
@@ -756,9 +801,15 @@ def main(argv=None):
         fail(f"{folder} holds a run already: go on with it by --resume, choose another folder by --out, or delete it")
     device, data = pick_device(config.device), load_data(config)
     state = load_checkpoint(folder / "checkpoint.pt", "cpu") if resume else None
+    (rank, n) = world()
+    if n > 1:
+        dist.barrier()                                                 # nobody writes before all have looked
+    if config.tree_batch_size % n or config.subtree_batch_size % n or config.diffusion_batch_size % n:
+        fail(f"the three batch sizes must be multiples of the number of processes, {n}")
     data = data._replace(images=data.images[:config.max_images or None].to(device))
-    print(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset}; on "
-          f"{device} ({torch.get_num_threads()} threads); into {folder}\n{HOW_LONG.get(config.preset, 'half a minute')}", flush=True)
+    say = print if rank == 0 else lambda *text, **kwargs: None
+    say(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset}; on "
+          f"{device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n{HOW_LONG.get(config.preset, 'half a minute')}", flush=True)
     torch.manual_seed(config.seed)
     try:
         run = Run(config, device, state)
@@ -768,11 +819,11 @@ def main(argv=None):
             set_random_state(state["random"], device)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         fail(f"{folder / 'checkpoint.pt'} does not fit the run's config.json ({first_line(error)})")
-    if not resume:
+    if not resume and rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.iterdir():                               # of a --quick run
-                if old.suffix in (".pt", ".json", ".csv", ".png", ".part"):
+                if old.suffix in (".pt", ".json", ".csv", ".png", ".gif", ".part"):
                     old.unlink()
             run.save(tree=tree.state_dict(), training=None)
             write(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
@@ -785,9 +836,11 @@ def main(argv=None):
         train_diffusion(run, tree, data)
     draw_training(run)
     sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves)).tolist()
-    print("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
-    print(f"done in {clock(time.monotonic() - run.started)}; now: "
+    say("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
+    say(f"done in {clock(time.monotonic() - run.started)}; now: "
           + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
+    if n > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         if guide_weight > 0:
-            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.features(d, below), centres) == 0
+            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.features([h[:len(x)] for h in d], below), centres) == 0
             loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
@@ -565,7 +565,9 @@ def two_means(points, tries=5, steps=50):
     """2-means by Lloyd's algorithm, the best of a few random starts: (N, k) -> the two centres, (2, k)."""
     found = []
     for _ in range(tries):
-        centres = points[torch.randperm(len(points), device=points.device)[:2]]
+        centres = points[torch.randperm(len(points), device=points.device)]
+        other = (centres != centres[0]).any(1).int().argmax()                  # the first that differs; 0 if all are alike
+        centres = torch.stack([centres[0], centres[other]])
         for _ in range(steps):
             near = nearer(points, centres)
             if near.min() == near.max():                                       # all points alike

@@ -1,8 +1,13 @@
 """The commands: both stages end to end, interruption, data sets, and what a user sees for a mistake."""
 
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ import metrics
 import sample
 import train
 
+ROOT = Path(__file__).parent.parent
 TINY = ["--quick", "--max-images", "192", "--max-leaves", "3", "--finetune-epochs", "1", "--bottom-up-channels", "16", "--tree-width", "4",
         "--unet-channels", "8", "--unet-multipliers", "1,2", "--device", "cpu"]
 
@@ -233,6 +239,58 @@ def test_ema_warms_up():
     assert ema.module.weight.item() == pytest.approx(average, rel=1e-4) and average > 150
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+ONE_PHASE = """
+import sys, torch, train
+sys.argv = ["test"]
+device = train.pick_device("cpu")
+torch.manual_seed(train.world()[0])                                   # each process starts from other weights and must not keep them
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+run = train.Run(train.Config(out=OUT), device)
+images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+def step_loss(x, epoch, progress):
+    loss = (net(x).squeeze(1) - x.mean((1, 2, 3))).square().mean()
+    return loss, {"loss": loss}
+train.train_phase(run, "test", step_loss, net, images, 3, 8, 1e-2, "constant", grad_clip=0.5)
+train.write(OUT + "/net.pt", lambda file: torch.save([net.state_dict(), [row["loss"] for row in run.state["log"]]], file))
+"""
+
+
+def launch(n, *command, cwd=None):
+    """Start n processes as torchrun does, on this machine's loopback; -> what the first one printed. They must all succeed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    def env(rank):
+        group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+        return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in group.items() if n > 1}
+    runs = [subprocess.Popen([sys.executable, *command], env=env(rank), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(n)]
+    outputs = [run.communicate(timeout=200)[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs), outputs
+    return outputs
+
+
+def test_two_processes_train_as_one(tmp_path):
+    results = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        (folder / "script.py").write_text(f"OUT = {str(folder)!r}\n" + ONE_PHASE)
+        launch(n, str(folder / "script.py"))
+        results.append(torch.load(folder / "net.pt", weights_only=True))
+    (one, one_losses), (two, two_losses) = results
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)    # the same gradients, step by step
+    assert one_losses == pytest.approx(two_losses, abs=2e-5)
+
+
+def test_both_stages_run_on_two_processes(tmp_path):
+    first, second = launch(2, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path / "run"), cwd=tmp_path)
+    assert "done in" in first and "cpu x 2" in first and second == ""           # one of them speaks, and writes
+    assert (tmp_path / "run" / "diffusion.pt").exists() and len(train.load_run(tmp_path / "run", "cpu")[3].leaves) >= 2
+
+
 # -- data sets --------------------------------------------------------------------------------------------------------
 
 def write_idx(path, array):
@@ -296,6 +354,7 @@ def test_shapes_are_the_same_everywhere_and_even():
     (["--resume"], "there is no run"),
     (["--resume", "--seed", "2"], "leave out --seed"),
     (["--unet-channels", "9"], "must be even"),
+    (["--condition", "none", "--drop-condition", "0.1"], "nothing to drop"),
     (["--max-images", "1"], "--max-images not 1"),
     (["--seed", "100000000000000"], "--seed must be"),
 ])

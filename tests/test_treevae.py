@@ -371,6 +371,8 @@ def test_two_means_and_the_guide():
     assert (near[:50] == near[0]).all() and (near[50:] == 1 - near[0]).all()
     assert torch.allclose(centres[near[0]], blobs[:50].mean(0), atol=1e-5)
     assert treevae.two_means(torch.ones(8, 3)).shape == (2, 3)                  # all alike: no centre is NaN
+    twins = torch.cat([torch.zeros(990, 3), torch.ones(10, 3)])
+    assert sorted(treevae.two_means(twins).sum(1).tolist()) == [0, 3]           # many alike: still the two that there are
     tree, x = make_tree((-1, 0, 0), contrastive=True), images(8)
     centres = treevae.two_means(tree.features(tree.bottom_up_pass(x), 0).detach())
     losses = []
