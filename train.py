@@ -137,7 +137,7 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
                     contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 DRAWN = dict(max_leaves=8, starts=3, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, subtree_batch_size=64,
-             kl_per_epoch=0.13, diffusion_epochs=10, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
+             kl_per_epoch=0.13, diffusion_epochs=8, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
              unet_blocks=1, unet_multipliers="1,2,4")
 DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(start_epochs=1, initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)}
 QUICK = dict(max_images=2048, max_leaves=5, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
