@@ -228,4 +228,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    train.run_program(main)

@@ -275,6 +275,27 @@ def random_view(x, views):
 SAVE_SECONDS = 60.0
 
 
+def world():
+    """(rank, n) of this process among those that torchrun started; (0, 1) where it did not."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(tensors, mean=True):
+    """Give tensors, in place and as one message, the same values in all processes: their means, or those of the first."""
+    n = world()[1]
+    tensors = [t.detach() for t in tensors if t is not None and t.is_floating_point()] if n > 1 else []
+    if not tensors:
+        return
+    flat = torch.cat([t.flatten().float() for t in tensors])
+    if mean:
+        dist.all_reduce(flat)
+        flat /= n
+    else:
+        dist.broadcast(flat, 0)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t))
+
+
 def write(path, save):
     """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half.
 
@@ -287,25 +308,6 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-
-
-def world():
-    """(rank, n) of this process among those that torchrun started; (0, 1) where it did not."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def agree(tensors, mean=True):
-    """Give tensors, in place and as one message, the same values in all processes: their means, or those of the first."""
-    tensors = [t for t in tensors if t is not None and t.is_floating_point()]
-    if world()[1] > 1 and tensors:
-        flat = torch.cat([t.detach().flatten().float() for t in tensors])
-        if mean:
-            dist.all_reduce(flat)
-            flat /= world()[1]
-        else:
-            dist.broadcast(flat, 0)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.detach().copy_(part.view_as(t))
 
 
 class Run:
@@ -322,9 +324,13 @@ class Run:
         self.saved = self.shown = time.monotonic()
         self.started = self.saved - self.state["seconds"]
 
+    def seconds(self):
+        """How long the run has been going, stops left out."""
+        return time.monotonic() - self.started
+
     def save(self, **state):
         """Update the state and write checkpoint.pt and log.csv."""
-        self.state.update(state, seconds=time.monotonic() - self.started, random=random_state(self.device))
+        self.state.update(state, seconds=self.seconds(), random=random_state(self.device))
         rows = self.state["log"]
         names = list(dict.fromkeys(name for row in rows for name in row))
         table = io.StringIO()
@@ -434,13 +440,13 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
         agree([value for _, value in sorted(sums.items()) if torch.is_tensor(value)])
         row = means(n_batches)
         shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in row.items() if name.startswith("P_"))
-        state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=state["phase"], node=state["node"],
+        state["log"].append(dict(seconds=round(run.seconds(), 1), phase=state["phase"], node=state["node"],
                                  epoch=epoch + 1, **{name: round(value, 5) for name, value in row.items() if not name.startswith("P_")},
                                  leaf_shares=shares))
         sums.clear()
         state["batch"] = 0
-    agree(running)                                               # batch norm's running statistics
-    run.say(f"{clock(time.monotonic() - run.started)}  {title}, {epochs} epochs: {in_words(row)}", last=True)
+    agree(running)                                                     # batch norm's running statistics
+    run.say(f"{clock(run.seconds())}  {title}, {epochs} epochs: {in_words(row)}", last=True)
 
 
 def in_words(terms):
@@ -512,7 +518,7 @@ def train_tree(run, tree, data):
         state["frames"].append(dict(picture_of(tree, data.images), title=f"{phase}: {len(tree.leaves)} leaves" if node is None else
                                     f"leaf {node} was split"))
         phase, node, mask, note = next_phase(tree, data.images, config, phase)
-        state["log"].append(dict(seconds=round(time.monotonic() - run.started, 1), phase=phase, node=node, note=note))
+        state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=note))
         centres = None
         if node is not None and config.guide and config.contrastive:   # where the images of the split fall apart by themselves
             with torch.no_grad():
@@ -837,15 +843,23 @@ def main(argv=None):
     draw_training(run)
     sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves)).tolist()
     say("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
-    say(f"done in {clock(time.monotonic() - run.started)}; now: "
+    say(f"done in {clock(run.seconds())}; now: "
           + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
     if n > 1:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def run_program(main):
+    """Run a program's main: Ctrl-C and a reader that stops reading (`| head`) end it without a traceback."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; go on with --resume", file=sys.stderr)
+        print("\nstopped; a run in training goes on with python train.py --resume", file=sys.stderr)
         raise SystemExit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_program(main)

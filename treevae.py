@@ -315,6 +315,14 @@ class TreeVAE(nn.Module):
         """P(l; c) of every leaf, left to right: (B, n_leaves), rows sum to 1. Eqs. (12) and (18) only: no z, no decoder."""
         return self._leaf_probs(self.bottom_up_pass(x))
 
+    def _posterior(self, i, d_i, z_parent):
+        """q(z_i | z_pa(i), x) and p(z_i | z_pa(i)) of node i, two Gaussians; z_parent is not looked at for the root."""
+        q = self.nodes[i].evidence(d_i)                                        # eqs. (13), (14)
+        if i == 0:
+            return q, Gaussian(torch.zeros_like(q.mu), torch.ones_like(q.var))  # eqs. (16), (7)
+        p = self.nodes[i].transformation(z_parent)                             # eq. (8)
+        return q.times(p), p                                                   # eqs. (15), (17)
+
     def walk(self, d, below=None):
         """One Monte Carlo walk over the tree: visits nodes, parents first, samples every z and no decision.
 
@@ -325,12 +333,7 @@ class TreeVAE(nn.Module):
         log_reach_q, log_reach_p = {0: start}, {0: start}
         for i in ids:
             node, d_i = self.nodes[i], d[self.depth(i)]
-            q = node.evidence(d_i)                                             # eqs. (13), (14)
-            if i == 0:
-                p = Gaussian(torch.zeros_like(q.mu), torch.ones_like(q.var))   # eq. (7); q is eq. (16) as it stands
-            else:
-                p = node.transformation(z[self.parents[i]])                    # eq. (8)
-                q = q.times(p)                                                 # eqs. (15), (17)
+            q, p = self._posterior(i, d_i, z.get(self.parents[i]))
             z[i] = q.sample()
             logit_q = node.router_q(d_i) if node.router_q is not None else None                     # eq. (18)
             logit_p = node.router_p(z[i]) if node.router_p is not None else None                    # eq. (9)
@@ -389,7 +392,8 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         if guide_weight > 0:
-            logit, left = next(v.logit_q for v in visits if v.node == below), nearer(self.features([h[:len(x)] for h in d], below), centres) == 0
+            logit = next(v.logit_q for v in visits if v.node == below)
+            left = nearer(self.features([h[:len(x)] for h in d], below), centres) == 0
             loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
@@ -459,8 +463,7 @@ class TreeVAE(nn.Module):
             h = self.depth(i)
             rows = (path.nodes[:, h] == i).nonzero().squeeze(1)                # the images whose path has node i
             if len(rows):
-                q = self.nodes[i].evidence(d[h][rows])                         # eqs. (13)-(17), as in `walk`
-                path.z[rows, h] = (q.times(self.nodes[i].transformation(path.z[rows, h - 1])) if i else q).sample()
+                path.z[rows, h] = self._posterior(i, d[h][rows], path.z[rows, h - 1])[0].sample()
         return path
 
     def sample_path(self, n, node=None, z_root=None):
