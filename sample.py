@@ -223,7 +223,7 @@ def main(argv=None):
     draw_denoising(painter, folder / "denoising.png")
     with torch.no_grad():
         draw_interpolation(painter, painter.tree.leaves[0], flags.seed, folder / "interpolation.png")
-    draw_growth(train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"], folder / "growth.gif")
+    draw_growth(train.load_state(painter.config)["frames"], folder / "growth.gif")
     print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")
 
 
