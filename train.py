@@ -295,13 +295,6 @@ def image_files(folder):
                   if name.lower().endswith(sets.folder.IMG_EXTENSIONS) and not name.startswith("."))
 
 
-def stamp(path):
-    """What changes when a file does."""
-    with contextlib.suppress(OSError):                                 # a link to nowhere
-        stat = os.stat(path)
-        return path, stat.st_size, stat.st_mtime_ns
-
-
 def cached(config, source, files, make):
     """make(), made of files, or what it gave before, if that took long and no file was changed since.
 
@@ -309,7 +302,8 @@ def cached(config, source, files, make):
     """
     name = File(config.dataset).name + f"_{config.image_size}" * bool(config.image_size) + ".cache"
     places = [source.parent / name, File(config.data_root) / name]
-    key = hashlib.sha256(repr([stamp(path) for path in files]).encode("utf-8", "surrogateescape")).hexdigest()
+    stamps = [(path, (file := os.lstat(path)).st_size, file.st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
     for place in places:
         with contextlib.suppress(Exception):                           # there is none, or it is damaged
             if (saved := read_saved(place))["key"] == key:
@@ -339,7 +333,7 @@ def decode(path, crop, side=None):
         image = TF.center_crop(image, min(crop, *image.size))
         return TF.pil_to_tensor(TF.resize(image, [side, side]) if side else image)
     except Exception as error:                                         # a damaged file shows itself in many ways
-        return first_line(error)
+        return first_line(error).partition(" <")[0]
 
 
 def read_images(config, source, files, crop=10 ** 9):
@@ -579,6 +573,8 @@ def load_data(config):
     """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
     known = DATASETS.get(config.dataset, OWN)
     data = known.load(config)
+    if len(data.images) != len(data.labels) or len(data.test_images) != len(data.test_labels):
+        fail(f"{config.dataset} has {len(data.labels)} labels for {len(data.images)} images, or as wrong a number for its test images")
     if data.images.dim() == 4:
         side, views = config.image_size or nearest(min(data.images.shape[2:])), known.views or VIEWS[data.images.shape[1]]
         data = data._replace(images=resized(data.images, side), test_images=resized(data.test_images, side), views=views)
@@ -684,20 +680,15 @@ def stoppable(run):
     """While a run trains, SIGINT and SIGTERM ask it to save and stop after the step it is in; a second one does not ask."""
     def ask(number, frame):
         run.stop = number
-        restore()
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        signal.signal(number, before[number])
+    before, both = {}, (signal.SIGINT, signal.SIGTERM)
     with contextlib.suppress(ValueError):                              # signals belong to the main thread
-        for number in before:
-            signal.signal(number, ask)
+        before |= {number: signal.signal(number, ask) for number in both if signal.getsignal(number) not in (signal.SIG_IGN, None)}
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
-            restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pause():
