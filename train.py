@@ -1178,7 +1178,7 @@ def load_state(config, images=None):
     wrong = []
     for name in ("checkpoint.pt", "checkpoint_old.pt"):
         try:
-            state = read_saved(File(config.out) / name)
+            state = dict(read_saved(File(config.out) / name))
             if asdict(Config()) | state["config"] != asdict(Config()) | identity(config) or images not in (None, state["images"]):
                 raise ValueError("it is of a run with other settings or other images")
         except FileNotFoundError:
