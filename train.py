@@ -40,7 +40,6 @@ from typing import Callable, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-import torchvision
 from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -90,13 +89,14 @@ def setting(default, help, choices=None, least=0):
 @dataclass
 class Config:
     """All settings of a run; config.json is this, and `python train.py --help` prints it."""
-    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), mnist, fashion, cifar10, cifar100, omniglot, omniglot-50, news20 "
-                           "(downloaded), celeba, cubicc (in --data-root), or the path of a folder of images or of an .npz file")
+    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), mnist, fashion, cifar10, cifar100, omniglot, "
+                           "omniglot-50, news20 (downloaded), celeba, cubicc (in --data-root), or the path of a folder of images "
+                           "or an .npz file")
     preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)", ["auto", "tiny", "small", "paper"])
     data_root: str = setting("data", "folder of downloaded data sets")
     out: str = setting("", "the run's folder; runs/<dataset> if empty")
     seed: int = setting(1, "seed of all randomness")
-    image_size: int = setting(0, "side to which images are resized: 28, 32 or 64; 0: the data set's own, or the nearest of these", [0, 28, 32, 64])
+    image_size: int = setting(0, "side to which images are resized, 28, 32 or 64; 0: the nearest of these", [0, 28, 32, 64])
     max_images: int = setting(0, "train on the first so many images only; 0 means all")
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is", ["auto", "cuda", "mps", "cpu"])
     bf16: bool = setting(True, "bfloat16 arithmetic in the U-Net where the device has it")
@@ -163,7 +163,8 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
                     contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
 PAPER_64 = PAPER_COLOUR | dict(tree_batch_size=128, subtree_batch_size=128, unet_multipliers="1,2,2,2,4", diffusion_batch_size=32)
-VECTORS = dict(encoder="mlp", decoder="mlp", representation_dim=1, contrastive=0.0, guide=0.0, augmented_elbo=False, diffusion_epochs=0)
+VECTORS = dict(encoder="mlp", decoder="mlp", representation_dim=1, contrastive=0.0, guide=0.0, augmented_elbo=False,
+               diffusion_epochs=0)                                                               # all that vectors allow
 DRAWN = dict(max_leaves=8, starts=3, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, subtree_batch_size=64,
              kl_per_epoch=0.13, diffusion_epochs=8, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
              unet_blocks=1, unet_multipliers="1,2,4")
@@ -238,11 +239,12 @@ def load_shapes(config):
 
 
 def fetch(config, read, download):
-    """read(data_root); what it does not find there is downloaded into a folder of its own, which moves into data_root once whole."""
-    root = File(config.data_root)
+    """read(data_root); what it does not find there is downloaded into a folder of its own, then moved to data_root."""
+    root, missing = File(config.data_root), "there is nothing"
     try:
-        return read(root)
-    except Exception as error:                                         # not there, or damaged
+        if found := read(root):
+            return found
+    except Exception as error:                                         # a damaged file shows itself in many ways
         missing = first_line(error)
     fresh = [path for path in [root, *root.parents] if not path.exists()]
     try:
@@ -277,13 +279,13 @@ def load_arrays(kind, config):
 
 
 class CIFAR20(sets.CIFAR100):
-    """CIFAR-100 by its 20 superclasses. torchvision reads the fine labels alone; a letter here is the superclass of each."""
+    """CIFAR-100 by its 20 superclasses. torchvision reads the 100 fine labels alone; a letter here is the superclass of each."""
     meta = sets.CIFAR100.meta | {"key": "coarse_label_names"}
+    superclass = "eboiaghhsddojshldjhlglfkhgnpdpalbkmoqjlfftiipnorskqerecaresrkdcmmqmbjtckabqmjnpnqtcegtffitsbcpgarion"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        letters = "eboiaghhsddojshldjhlglfkhgnpdpalbkmoqjlfftiipnorskqerecaresrkdcmmqmbjtckabqmjnpnqtcegtffitsbcpgarion"
-        self.targets = [ord(letters[fine]) - ord("a") for fine in self.targets]
+        self.targets = [ord(self.superclass[fine]) - ord("a") for fine in self.targets]
 
 
 CACHE_SECONDS = 0.5                                                    # what is decoded faster is not cached
@@ -324,7 +326,7 @@ def nearest(side):
 
 
 def decode(path, crop, side=None):
-    """An image file's middle square, of at most crop pixels, resized to side -> (3, side, side) uint8; or why it cannot be read."""
+    """An image file's middle square, of at most crop pixels, resized -> (3, side, side) uint8; or why it cannot be read."""
     try:
         with open(path, "rb") as file:
             if re.match(rb"\x89PNG.{20}\x10\0", file.read(26), re.DOTALL):      # which the loader would cut off at 255
@@ -339,7 +341,7 @@ def decode(path, crop, side=None):
 def read_images(config, source, files, crop=10 ** 9):
     """Decode image files, with a live count -> (N, C, side, side) uint8, grey if all are; the N files that could be read."""
     def make():
-        some = [x for x in (decode(path, crop) for path in files[:100]) if torch.is_tensor(x)]
+        some = [x for x in (decode(path, crop) for path in files[::1 + len(files) // 20]) if torch.is_tensor(x)]
         side = config.image_size or nearest(np.median([x.shape[1] for x in some] or [28]))
         images, good, bad, shown = torch.empty(len(files), 3, side, side, dtype=torch.uint8), [], [], time.monotonic()
         with ThreadPoolExecutor() as pool:
@@ -363,7 +365,8 @@ def read_images(config, source, files, crop=10 ** 9):
         warnings.filterwarnings("error", message=".*decompression bomb")
         made = cached(config, source, files, make)
     if made["bad"]:
-        note(f"{len(made['bad'])} of {len(files)} images cannot be read and are left out: {', '.join(made['bad'][:5])}{', ...' * (len(made['bad']) > 5)}")
+        names = ", ".join(made["bad"][:5] + ["..."] * (len(made["bad"]) > 5))
+        note(f"{len(made['bad'])} of {len(files)} images cannot be read and are left out: {names}")
     if not made["files"]:
         fail(f"there is no image in {str(source)!r}; give it files such as .png or .jpg")
     return made["images"], made["files"]
@@ -385,22 +388,19 @@ def divide(images, names, test=None, groups=None, every=10):
         test = torch.zeros(len(labels), dtype=torch.bool)
         test[order[groups[order].argsort(stable=True)][every - 1::every]] = True
     test = torch.as_tensor(test)[order]
-    for_training, for_testing = order[~test], order[test] if test.any() else order
-    return Data(images[for_training], labels[for_training], images[for_testing], labels[for_testing], classes if len(classes) > 1 else [])
+    a, b = order[~test], order[test] if test.any() else order
+    return Data(images[a], labels[a], images[b], labels[b], classes if len(classes) > 1 else [])
 
 
 def load_omniglot(config):
-    """Omniglot: the classes are the alphabets, five as in TreeVAE's paper or all 50; a fifth of each character's drawings is for testing."""
-    def read(root):
-        if not (files := image_files(root / "omniglot-py")):
-            raise FileNotFoundError("there are no drawings in omniglot-py")
-        return files
-    files = fetch(config, read, lambda folder: [sets.Omniglot(folder, background, download=True) for background in (True, False)])
+    """Omniglot: the classes are alphabets, TreeVAE's five or all 50; a fifth of each character's drawings is for testing."""
+    files = fetch(config, lambda root: image_files(root / "omniglot-py"),
+                  lambda folder: [sets.Omniglot(folder, background, download=True) for background in (True, False)])
     five = ("Bengali", "Braille", "Glagolitic", "Old_Church_Slavonic_(Cyrillic)", "Oriya")
     files = [path for path in files if config.dataset == "omniglot-50" or path.split(os.sep)[-3] in five]
     images, files = read_images(config, File(config.data_root) / "omniglot-py", files)
-    characters = [path.rsplit(os.sep, 3)[1:3] for path in files]       # omniglot-py/images_background/Oriya/character07/0736_12.png
-    return divide(images, [alphabet for alphabet, _ in characters], groups=list(map("/".join, characters)), every=5)
+    places = [path.split(os.sep)[-3:-1] for path in files]             # Oriya, character07
+    return divide(images, [alphabet for alphabet, _ in places], groups=list(map("/".join, places)), every=5)
 
 
 def load_celeba(config):
@@ -414,12 +414,9 @@ def load_celeba(config):
 
 
 def load_news20(config):
-    """20 Newsgroups by date as vectors: 2,000 TF-IDF features a text, sklearn's TfidfVectorizer(max_features=2000), in steps of 1/255."""
+    """20 Newsgroups by date as vectors of 2,000 TF-IDF features, those of sklearn's TfidfVectorizer(max_features=2000)."""
     def read(root):
-        files = [str(path) for part in ("train", "test") for path in sorted((root / f"20news-bydate-{part}").glob("*/*"))]
-        if not files:
-            raise FileNotFoundError("there is no 20news-bydate-train")
-        return files
+        return [str(path) for part in ("train", "test") for path in sorted((root / f"20news-bydate-{part}").glob("*/*"))]
     url, md5 = "http://qwone.com/~jason/20Newsgroups/20news-bydate.tar.gz", "d6e9e45cb8cb77ec5276dfa6dfc14318"
     files = fetch(config, read, lambda folder: sets.utils.download_and_extract_archive(url, folder, md5=md5))
     places = [path.split(os.sep)[-3:] for path in files]               # 20news-bydate-train, sci.space, 60821
@@ -435,7 +432,7 @@ def load_news20(config):
             for word in text.keys() & column.keys():
                 row[column[word]] = text[word]
         x *= np.log((1 + (~test).sum()) / (1 + (x[~test] > 0).sum(0))) + 1
-        x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1)      # a norm below 1 is that of a text without any of the words
+        x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1)      # only that of a text without these words is below 1
         return dict(x=torch.from_numpy((255 * x).round().astype(np.uint8)), words=words)
     made = cached(config, File(files[0]).parents[1], files, make)
     return divide(made["x"], [group for _, group, _ in places], test)._replace(words=made["words"])
@@ -464,7 +461,7 @@ def as_labels(labels, n, where):
 
 
 def load_folder(config, folder):
-    """A folder of image files, with a folder for each class or without, and in train/ and test/ or not; or of CUBICC's tensors."""
+    """A folder of image files, with a folder for each class or not, in train/ and test/ or not; or of CUBICC's tensors."""
     if (folder / "images.pt").exists():
         images, labels = (torch.load(folder / f"{name}.pt", weights_only=True).numpy() for name in ("images", "labels"))
         train, *test = (np.load(folder / f"{part}_split.npy", allow_pickle=False) for part in ("train", "validation", "test"))
@@ -479,7 +476,7 @@ def load_folder(config, folder):
 
 
 def load_own(config, name=None):
-    """Images of the user's own: a folder, or an .npz file with `images` and, if there are any, `labels`. name: of one in data_root."""
+    """Images of the user's own: a folder, or an .npz with `images` and, if there are any, `labels`. name: in data_root."""
     path = File(config.data_root) / name if name else File(config.dataset)
     try:
         if path.is_dir():
@@ -544,11 +541,11 @@ def random_view(x, views):
 
 
 class DataSet(NamedTuple):
-    """A row of the table of data sets: how it is loaded, and its settings over those of `tiny` and `small`, of `paper`, and of any preset."""
-    load: Callable
-    settings: dict = {}
-    paper: dict = {}
-    always: dict = {}
+    """A row of the table of data sets. The likelihood is not in it: normal where there are three channels, else Bernoulli."""
+    load: Callable                   # config -> Data
+    settings: dict = {}              # over those of the presets tiny and small
+    paper: dict = {}                 # over those of the preset paper
+    always: dict = {}                # over those of any preset and of --quick
     views: Views = None              # None: by channels
 
 
@@ -561,10 +558,11 @@ DATASETS = {
     "cifar100": DataSet(partial(load_arrays, CIFAR20), dict(max_leaves=20), PAPER_COLOUR | dict(max_leaves=20)),
     "omniglot": DataSet(load_omniglot, dict(max_leaves=5), dict(max_leaves=5), dict(image_size=28), Views(flip_p=0.0)),
     "omniglot-50": DataSet(load_omniglot, dict(max_leaves=50), dict(max_leaves=50), dict(image_size=28), Views(flip_p=0.0)),
-    "celeba": DataSet(load_celeba, {}, PAPER_64, dict(image_size=64), Views((0.75, 1), (0.8, 1.25), (0.2, 0.2, 0.2, 0.0), 0.8, 0.0, 0.0)),
+    "celeba": DataSet(load_celeba, {}, PAPER_64, dict(image_size=64),
+                      Views((0.75, 1.0), (0.8, 1.25), (0.2, 0.2, 0.2, 0.0), 0.8, 0.0, 0.0)),
     "cubicc": DataSet(partial(load_own, name="CUBICC"), {}, PAPER_64, dict(image_size=64)),
-    "news20": DataSet(load_news20, dict(max_leaves=20), dict(latent_channels=8, bottom_up_channels=128, max_depth=6, max_leaves=20,
-                                                             kl_start=0.0, kl_start_later=0.0), VECTORS),
+    "news20": DataSet(load_news20, dict(max_leaves=20), dict(max_leaves=20, max_depth=6, latent_channels=8, kl_start=0.0,
+                                                             kl_start_later=0.0, bottom_up_channels=128), VECTORS),
 }
 OWN = DataSet(load_own, {}, PAPER_COLOUR)
 
@@ -574,7 +572,8 @@ def load_data(config):
     known = DATASETS.get(config.dataset, OWN)
     data = known.load(config)
     if len(data.images) != len(data.labels) or len(data.test_images) != len(data.test_labels):
-        fail(f"{config.dataset} has {len(data.labels)} labels for {len(data.images)} images, or as wrong a number for its test images")
+        fail(f"{config.dataset} has {len(data.labels)} and {len(data.test_labels)} labels for {len(data.images)} and "
+             f"{len(data.test_images)} images")
     if data.images.dim() == 4:
         side, views = config.image_size or nearest(min(data.images.shape[2:])), known.views or VIEWS[data.images.shape[1]]
         data = data._replace(images=resized(data.images, side), test_images=resized(data.test_images, side), views=views)
@@ -644,7 +643,7 @@ def write(path, save, old=None):
         try:
             replace_file(path, save, old)
         except OSError as error:
-            fail(f"{path} cannot be written ({first_line(error)}); what was saved before is still there: make room, then go on with --resume")
+            fail(f"{path} cannot be written ({first_line(error)}): make room, then go on with --resume; what was saved is there")
 
 
 def read_saved(path, device="cpu"):
@@ -681,9 +680,10 @@ def stoppable(run):
     def ask(number, frame):
         run.stop = number
         signal.signal(number, before[number])
-    before, both = {}, (signal.SIGINT, signal.SIGTERM)
+    both, before = (signal.SIGINT, signal.SIGTERM), {}
     with contextlib.suppress(ValueError):                              # signals belong to the main thread
-        before |= {number: signal.signal(number, ask) for number in both if signal.getsignal(number) not in (signal.SIG_IGN, None)}
+        asked = [number for number in both if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        before |= {number: signal.signal(number, ask) for number in asked}
     try:
         yield
     finally:
@@ -699,7 +699,8 @@ def pause():
 def show(text, last=False):
     """The live line, which its last version leaves standing."""
     if world()[0] == 0:
-        print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
+        tty = sys.stdout.isatty()
+        print(f"\r\033[K{text}" if tty else text, end="" if tty and not last else "\n", flush=True)
 
 
 class Run:
@@ -1089,7 +1090,7 @@ def draw_training(run, words=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
-    """argv -> Config, "resume", "overwrite" or "start". What is not typed comes from --quick, the data set or the preset, in this order."""
+    """argv -> Config, and "resume", "overwrite" or "start". What is not typed comes from --quick, the data set or the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
@@ -1103,8 +1104,8 @@ def parse_flags(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), default=None,
                             help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
     flags = vars(parser.parse_args(argv))
-    how, quick = "resume" if flags.pop("resume") else "start", flags.pop("quick")
-    how = "overwrite" if flags.pop("overwrite") else how
+    quick, asked = flags.pop("quick"), [name for name in ("resume", "overwrite") if flags.pop(name)]
+    how = asked[0] if asked else "start"
     typed = {name: value for name, value in flags.items() if value is not None}
     dataset = typed.get("dataset", "shapes")
     if dataset not in DATASETS and os.path.exists(os.path.expanduser(dataset)):
@@ -1135,7 +1136,8 @@ def check(config):
         if f.type in (int, float) and not f.metadata["least"] <= value < 2 ** 31:
             fail(f"{flag} must be a number of at least {f.metadata['least']}, not {value}")
     if config.dataset not in DATASETS and not os.path.exists(config.dataset):
-        fail(f"invalid choice: {config.dataset!r}; --dataset must be one of {', '.join(DATASETS)}, or the path of a folder of images or an .npz file")
+        fail(f"invalid choice: {config.dataset!r}; --dataset must be one of {', '.join(DATASETS)}, or the path of a folder of "
+             "images or an .npz file")
     for name in ("unet_multipliers", "unet_attention"):
         parts = getattr(config, name).split(",") if getattr(config, name) or name == "unet_multipliers" else []
         if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -1171,9 +1173,9 @@ def identity(config):
 
 
 def load_state(config, images=None):
-    """The state of a run: checkpoint.pt or, where that is missing, damaged or foreign, the one before. None if there is neither.
+    """The state of a run: checkpoint.pt or, where that is missing, damaged or foreign, the one before; None if there is neither.
 
-    images: a check sum of the images to go on with.
+    images: the check sum of those that it must be about.
     """
     wrong = []
     for name in ("checkpoint.pt", "checkpoint_old.pt"):
@@ -1238,8 +1240,9 @@ def load_run(folder, device="auto", data_root=None, need_diffusion=True):
     return config, device, data, tree.requires_grad_(False).eval(), networks
 
 
-FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.gif", *(f"{name}.png" for name in (
-    "curves", "growth", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation", "leaf_*", "node_*")))
+FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.*",
+         *(f"{name}.png" for name in ("curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
+                                      "leaf_*", "node_*")))                                      # what --overwrite takes away
 
 
 def begin(config, device, data, how):
@@ -1258,7 +1261,7 @@ def begin(config, device, data, how):
             tree.load_state_dict(state["tree"])
             set_random_state(state["random"], device)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
-        fail(f"a tree cannot be made with these settings, or the checkpoint in {run.folder} does not fit them ({first_line(error)})")
+        fail(f"no tree can be made with these settings, or the run's checkpoint does not fit them ({first_line(error)})")
     if state is None and rank == 0:
         for old in [path for pattern in FILES * (how == "overwrite") for path in run.folder.glob(pattern)]:
             old.unlink()
@@ -1280,7 +1283,8 @@ def train_both(run, tree, data):
             raise
         phase = run.state["phase"]
         flag = {"diffusion": "diffusion_batch_size", "grow": "subtree_batch_size"}.get(phase, "tree_batch_size")
-        fail(f"{run.device} ran out of memory in the phase {phase}: halve --{flag.replace('_', '-')}, which is {getattr(config, flag)}, and start anew")
+        fail(f"{run.device} ran out of memory in the phase {phase}: halve --{flag.replace('_', '-')}, which is "
+             f"{getattr(config, flag)}, and start anew")
 
 
 def main(argv=None):
@@ -1288,7 +1292,7 @@ def main(argv=None):
     config, how = parse_flags(argv)
     folder = File(config.out)
     if how == "start" and any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "tree.pt")):
-        fail(f"{folder} holds a run already: go on with it by --resume, replace it by --overwrite, or choose another folder by --out")
+        fail(f"{folder} holds a run already: go on with it by --resume, replace it by --overwrite, or choose another by --out")
     if how == "overwrite" and (folder / "config.json").exists():
         load_config(folder)                                            # which is a run's, or nothing is overwritten
     device, data = pick_device(config.device), load_data(config)
@@ -1302,11 +1306,11 @@ def main(argv=None):
     with alone_in(folder) if rank == 0 else contextlib.nullcontext():
         run, tree = begin(config, device, data, how)
         say = print if rank == 0 else lambda *text, **kwargs: None
-        say(f"{config.dataset}: {len(data.images)} training {'vectors' if vectors else 'images'} {tuple(data.images.shape[1:])}; preset "
-            f"{config.preset}; on {device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n"
+        say(f"{config.dataset}: {len(data.images)} training {'vectors' if vectors else 'images'} {tuple(data.images.shape[1:])}; "
+            f"preset {config.preset}; on {device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n"
             f"{HOW_LONG.get(config.preset, 'half a minute')}" + "; there is no stage 2 for vectors" * vectors, flush=True)
         if len(data.images) < config.tree_batch_size:
-            note(f"{len(data.images)} images are fewer than a batch of {config.tree_batch_size}: every step takes all of them, and no leaf is split")
+            note(f"{len(data.images)} images are fewer than a batch of {config.tree_batch_size}: that has all, no leaf is split")
         data = data._replace(images=data.images.to(device))
         with stoppable(run):
             train_both(run, tree, data)
