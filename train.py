@@ -356,9 +356,9 @@ def read_images(config, source, files, crop=10 ** 9):
                 if time.monotonic() - shown > pause():
                     shown = time.monotonic()
                     show(f"{source}: decoded {start + len(part)} of {len(files)} images")
-        show(f"{source}: decoded {len(good)} images, each cut to its middle square of side {side}", last=True)
+        show(f"{source}: decoded {len(good)} images; the middle square of each is now {side} x {side}", last=True)
         images = images[:len(good)]
-        grey = bool((images[:, :1] == images[:, 1:]).all())
+        grey = all((x[:, :1] == x[:, 1:]).all() for x in images.split(1000))
         return dict(images=images[:, :1].clone() if grey else images, files=good, bad=bad)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -618,23 +618,22 @@ def agree(tensors, mean=True):
 
 
 def replace_file(path, save, old=None):
-    """Replace a file atomically: what save(file) writes goes to a file beside it, which is renamed once it is on the disk for
-    sure, so that no reader ever sees a half. old: a name for what was there before. OSError where it cannot be.
+    """Replace a file atomically: save(file) writes one beside it, which is renamed once it is on the disk for sure, so that no
+    reader ever sees a half. old: a name for what was there before. OSError where it cannot be.
     """
-    path, part, memory = File(path), File(path).with_name(File(path).name + ".part"), io.BytesIO()
-    save(memory)                                                       # torch.save would hide the OSError of a full disk
+    path, part = File(path), File(path).with_name(File(path).name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(memory.getbuffer())
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         if old and path.exists():
             os.replace(path, old)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise
+        raise error.__context__ if isinstance(error.__context__, OSError) else error     # torch.save hides why
 
 
 def write(path, save, old=None):

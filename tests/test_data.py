@@ -239,7 +239,7 @@ def test_a_folder_without_classes_grey_and_of_other_sizes(tmp_path, capsys):
     save_images(tmp_path / "scans" / "more", 9, 28, 1, "bmp")
     data = load(tmp_path / "scans")
     assert data.images.shape == (18, 1, 28, 28) and data.classes == [] and not data.labels.any()
-    assert "decoded 20 images, each cut to its middle square of side 28" in capsys.readouterr().out
+    assert "decoded 20 images; the middle square of each is now 28 x 28" in capsys.readouterr().out
 
 
 def test_a_folder_with_parts_for_training_and_testing(tmp_path):

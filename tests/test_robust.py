@@ -266,6 +266,19 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(images, finished, tmp_pat
     assert same(folder, finished)
 
 
+def test_a_disk_that_fills_up_while_torch_writes_is_named(tmp_path):
+    """torch.save turns the error of a file that it writes to into another one."""
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 3000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+    (tmp_path / "x.pt").write_text("before")
+    with pytest.raises(OSError, match="No space left"):
+        train.replace_file(tmp_path / "x.pt", lambda file: torch.save({"a": torch.zeros(9999)}, Full()))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"] and (tmp_path / "x.pt").read_text() == "before"
+
+
 @pytest.mark.parametrize("phase, flag", [("start", "--tree-batch-size"), ("grow", "--subtree-batch-size"),
                                          ("diffusion", "--diffusion-batch-size")])
 def test_out_of_memory_names_the_setting_to_halve(images, tmp_path, monkeypatch, capsys, phase, flag):
