@@ -100,7 +100,7 @@ def draw_tree(painter, images, file):
                 ax.barh(bottom - 0.15, width, left=left, height=0.22, color=COLOURS[c % len(COLOURS)], edgecolor="white", lw=0.3)
                 left += width
             top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in counts.argsort()[::-1][:3] if counts[c]]
-            ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top",
+            ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top", parse_math=False,
                     fontsize=6 if max(map(len, data.classes)) < 14 else 5)
         ax.set_ylim(bottom - 1.1, None)
     ax.set_title("Share of the test images at each leaf, the classes in it, and new images that diffusion draws for it", fontsize=9)
@@ -223,7 +223,7 @@ def main(argv=None):
     draw_denoising(painter, folder / "denoising.png")
     with torch.no_grad():
         draw_interpolation(painter, painter.tree.leaves[0], flags.seed, folder / "interpolation.png")
-    draw_growth(train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"], folder / "growth.gif")
+    draw_growth(train.load_state(painter.config)["frames"], folder / "growth.gif")
     print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")
 
 

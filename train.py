@@ -3,6 +3,7 @@
     python train.py                        the embedded data set `shapes`, no download: minutes on a laptop CPU
     python train.py --dataset fashion      Fashion-MNIST, downloaded through torchvision into --data-root
     python train.py --dataset fashion --resume      goes on where it stopped, whatever stopped it
+    python train.py --dataset ~/pictures/birds      your own images: a folder of them, or an .npz
     torchrun --nproc_per_node=2 train.py ...        the same on two GPUs: each has its part of every batch
 
 Everything lands in runs/<dataset> (or --out): config.json, log.csv, tree.pt, diffusion.pt, checkpoint.pt, curves.png and
@@ -15,28 +16,45 @@ both share; above them the settings, the data sets and the run's folder.
 import argparse
 import contextlib
 import csv
+import errno
+import hashlib
 import io
 import json
 import math
 import os
-import shutil
+import re
+import signal
 import sys
+import tempfile
 import time
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path as File
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
-import torchvision
 from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchvision import datasets as sets
+from torchvision.transforms import functional as TF
 
 from diffusion import Diffusion, UNet, beside
 from path_encoder import SIGNALS, PathEncoder
 from treevae import TreeVAE, two_means
+
+try:
+    import fcntl
+except ImportError:                                                    # Windows
+    fcntl = None
+    import msvcrt
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -46,6 +64,12 @@ def fail(sentence):
     """End the program with one sentence on stderr and exit code 2: for mistakes of the user, not of the code."""
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def note(sentence):
+    """Say on stderr what is not as the user may expect it, but no reason to stop."""
+    if world()[0] == 0:
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def first_line(error):
@@ -65,12 +89,14 @@ def setting(default, help, choices=None, least=0):
 @dataclass
 class Config:
     """All settings of a run; config.json is this, and `python train.py --help` prints it."""
-    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), fashion, mnist or cifar10 (downloaded)",
-                           ["shapes", "shapes-rgb", "fashion", "mnist", "cifar10"])
+    dataset: str = setting("shapes", "data set: shapes, shapes-rgb (embedded), mnist, fashion, cifar10, cifar100, omniglot, "
+                           "omniglot-50, news20 (downloaded), celeba, cubicc (in --data-root), or the path of a folder of images "
+                           "or an .npz file")
     preset: str = setting("auto", "sizes and epochs: tiny (a laptop CPU), small (one consumer GPU), paper (Appendix D)", ["auto", "tiny", "small", "paper"])
     data_root: str = setting("data", "folder of downloaded data sets")
     out: str = setting("", "the run's folder; runs/<dataset> if empty")
     seed: int = setting(1, "seed of all randomness")
+    image_size: int = setting(0, "side to which images are resized, 28, 32 or 64; 0: the nearest of these", [0, 28, 32, 64])
     max_images: int = setting(0, "train on the first so many images only; 0 means all")
     device: str = setting("auto", "cuda, mps or cpu; auto takes the first there is", ["auto", "cuda", "mps", "cpu"])
     bf16: bool = setting(True, "bfloat16 arithmetic in the U-Net where the device has it")
@@ -136,10 +162,13 @@ PRESETS = {
 PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128, contrastive=100.0,
                     contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01, kl_start_later=0.01,
                     kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")                 # over "paper" at 32x32x3
+PAPER_64 = PAPER_COLOUR | dict(tree_batch_size=128, subtree_batch_size=128, unet_multipliers="1,2,2,2,4", diffusion_batch_size=32)
+VECTORS = dict(encoder="mlp", decoder="mlp", representation_dim=1, contrastive=0.0, guide=0.0, augmented_elbo=False,
+               diffusion_epochs=0)                                                               # all that vectors allow
 DRAWN = dict(max_leaves=8, starts=3, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, subtree_batch_size=64,
              kl_per_epoch=0.13, diffusion_epochs=8, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
              unet_blocks=1, unet_multipliers="1,2,4")
-DATASET_DEFAULTS = {"shapes": DRAWN, "shapes-rgb": DRAWN | dict(start_epochs=1, initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)}
+DRAWN_RGB = DRAWN | dict(start_epochs=1, initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)
 QUICK = dict(max_images=2048, max_leaves=5, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 30",
@@ -157,12 +186,17 @@ def int_list(text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Data(NamedTuple):
-    """images: (N, C, H, W) uint8; labels: (N,) long; each for training and for testing. classes: the labels' names."""
+    """images: (N, C, H, W) uint8, or vectors (N, n) in steps of 1/255; labels: (N,) long; each for training and for testing.
+
+    classes: the labels' names; [] where there are none, and the labels all 0. views: for `random_view`. words: the vectors' n.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
+    views: "Views" = None
+    words: list = None
 
 
 SHAPES = [f"{how} {what}" for how in ("filled", "outlined") for what in ("disc", "ellipse", "triangle", "cross")]
@@ -198,27 +232,264 @@ def draw_shapes(n, seed, colour=False):
     return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label)
 
 
-def load_data(config):
-    """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
-    if config.dataset in ("shapes", "shapes-rgb"):
-        colour = config.dataset == "shapes-rgb"
-        return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
-    sets = torchvision.datasets
-    kind = {"fashion": sets.FashionMNIST, "mnist": sets.MNIST, "cifar10": sets.CIFAR10}[config.dataset]
-    folder = File(config.data_root) / kind.__name__
-    fresh = [path for path in [folder, *folder.parents] if not path.exists()]
+def load_shapes(config):
+    """The embedded data set, grey or in colour."""
+    colour = config.dataset == "shapes-rgb"
+    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
+
+
+def fetch(config, read, download):
+    """read(data_root); what it does not find there is downloaded into a folder of its own, then moved to data_root."""
+    root, missing = File(config.data_root), "there is nothing"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            parts = [kind(config.data_root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError) as error:
-        if fresh:                                                      # leave no half of a download behind
-            shutil.rmtree(fresh[-1], ignore_errors=True)
-        fail(f"{kind.__name__} can be neither read from {config.data_root!r} nor downloaded ({first_line(error)}); "
+        if found := read(root):
+            return found
+    except Exception as error:                                         # a damaged file shows itself in many ways
+        missing = first_line(error)
+    fresh = [path for path in [root, *root.parents] if not path.exists()]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download_", dir=root) as part:
+            with contextlib.redirect_stdout(io.StringIO()):
+                download(part)
+            for path in File(part).rglob("*"):
+                if path.is_file():
+                    target = root / path.relative_to(part)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)
+        return read(root)
+    except Exception as error:
+        fail(f"{config.dataset} can be neither read from {str(root)!r} ({missing}) nor downloaded ({first_line(error)}); "
              "connect to the network once, or point --data-root at a folder that has it")
+    finally:
+        for path in fresh:                                             # no trace of a download that failed
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def load_arrays(kind, config):
+    """One of torchvision's data sets that are arrays."""
+    def read(folder, download=False):
+        return [kind(folder, train=train, download=download) for train in (True, False)]
     def tensors(part):
         x = torch.as_tensor(part.data)                                 # (N, H, W), or in colour (N, H, W, 3)
         return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(part.targets)
-    return Data(*tensors(parts[0]), *tensors(parts[1]), parts[0].classes)
+    train, test = fetch(config, read, lambda folder: read(folder, download=True))
+    return Data(*tensors(train), *tensors(test), train.classes)
+
+
+class CIFAR20(sets.CIFAR100):
+    """CIFAR-100 by its 20 superclasses. torchvision reads the 100 fine labels alone; a letter here is the superclass of each."""
+    meta = sets.CIFAR100.meta | {"key": "coarse_label_names"}
+    superclass = "eboiaghhsddojshldjhlglfkhgnpdpalbkmoqjlfftiipnorskqerecaresrkdcmmqmbjtckabqmjnpnqtcegtffitsbcpgarion"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.targets = [ord(self.superclass[fine]) - ord("a") for fine in self.targets]
+
+
+CACHE_SECONDS = 0.5                                                    # what is decoded faster is not cached
+
+
+def image_files(folder):
+    """The paths of all image files in a folder and the folders in it, sorted, without hidden ones."""
+    return sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
+                  if name.lower().endswith(sets.folder.IMG_EXTENSIONS) and not name.startswith("."))
+
+
+def cached(config, source, files, make):
+    """make(), made of files, or what it gave before, if that took long and no file was changed since.
+
+    The cache lies next to the source, or in data_root where that cannot be written; it is checked like any other file.
+    """
+    name = File(config.dataset).name + f"_{config.image_size}" * bool(config.image_size) + ".cache"
+    places = [source.parent / name, File(config.data_root) / name]
+    stamps = [(path, (file := os.lstat(path)).st_size, file.st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
+    for place in places:
+        with contextlib.suppress(Exception):                           # there is none, or it is damaged
+            if (saved := read_saved(place))["key"] == key:
+                return saved["made"]
+    began, made = time.monotonic(), make()
+    if time.monotonic() - began > CACHE_SECONDS and world()[0] == 0:
+        for place in places:
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(place, lambda file: torch.save(dict(key=key, made=made), file))
+                break
+    return made
+
+
+def nearest(side):
+    """The side that images of another side are resized to: 28, 32 or 64, which halve down to 4."""
+    return min((28, 32, 64), key=lambda known: abs(known - side))
+
+
+def decode(path, crop, side=None):
+    """An image file's middle square, of at most crop pixels, resized -> (3, side, side) uint8; or why it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if re.match(rb"\x89PNG.{20}\x10\0", file.read(26), re.DOTALL):      # which the loader would cut off at 255
+                return "16 bits a pixel, 8 are wanted"
+        image = sets.folder.default_loader(path)
+        image = TF.center_crop(image, min(crop, *image.size))
+        return TF.pil_to_tensor(TF.resize(image, [side, side]) if side else image)
+    except Exception as error:                                         # a damaged file shows itself in many ways
+        return first_line(error).partition(" <")[0]
+
+
+def read_images(config, source, files, crop=10 ** 9):
+    """Decode image files, with a live count -> (N, C, side, side) uint8, grey if all are; the N files that could be read."""
+    def make():
+        some = [x for x in (decode(path, crop) for path in files[::1 + len(files) // 20]) if torch.is_tensor(x)]
+        side = config.image_size or nearest(np.median([x.shape[1] for x in some] or [28]))
+        images, good, bad, shown = torch.empty(len(files), 3, side, side, dtype=torch.uint8), [], [], time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(files), 500):                    # not all at once: an interruption waits for what was begun
+                part = files[start:start + 500]
+                for path, x in zip(part, pool.map(lambda path: decode(path, crop, side), part)):
+                    if torch.is_tensor(x):
+                        images[len(good)] = x
+                        good.append(path)
+                    else:
+                        bad.append(f"{os.path.relpath(path, source)!r} ({x})")
+                if time.monotonic() - shown > pause():
+                    shown = time.monotonic()
+                    show(f"{source}: decoded {start + len(part)} of {len(files)} images")
+        show(f"{source}: decoded {len(good)} images; the middle square of each is now {side} x {side}", last=True)
+        images = images[:len(good)]
+        grey = all((x[:, :1] == x[:, 1:]).all() for x in images.split(1000))
+        return dict(images=images[:, :1].clone() if grey else images, files=good, bad=bad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*decompression bomb")
+        made = cached(config, source, files, make)
+    if made["bad"]:
+        names = ", ".join(made["bad"][:5] + ["..."] * (len(made["bad"]) > 5))
+        note(f"{len(made['bad'])} of {len(files)} images cannot be read and are left out: {names}")
+    if not made["files"]:
+        fail(f"there is no image in {str(source)!r}; give it files such as .png or .jpg")
+    return made["images"], made["files"]
+
+
+def divide(images, names, test=None, groups=None, every=10):
+    """Data of images (N, ...) and their classes' names (N,), in an order that is random but always the same.
+
+    test: (N,) bool, which images are for testing. If there is none, every so-many-th of each group, by default of each class;
+    of fewer images than that all are for both.
+    """
+    classes, labels = np.unique(names, return_inverse=True)
+    classes, labels = [str(name).encode("utf-8", "replace").decode() for name in classes], torch.from_numpy(labels)
+    if len(classes) == 1 and classes[0]:
+        note(f"there is one class only, {classes[0]!r}: the labels say nothing and are left out")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    if test is None or not any(test):
+        groups = labels if groups is None else torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+        test = torch.zeros(len(labels), dtype=torch.bool)
+        test[order[groups[order].argsort(stable=True)][every - 1::every]] = True
+    test = torch.as_tensor(test)[order]
+    a, b = order[~test], order[test] if test.any() else order
+    return Data(images[a], labels[a], images[b], labels[b], classes if len(classes) > 1 else [])
+
+
+def load_omniglot(config):
+    """Omniglot: the classes are alphabets, TreeVAE's five or all 50; a fifth of each character's drawings is for testing."""
+    files = fetch(config, lambda root: image_files(root / "omniglot-py"),
+                  lambda folder: [sets.Omniglot(folder, background, download=True) for background in (True, False)])
+    five = ("Bengali", "Braille", "Glagolitic", "Old_Church_Slavonic_(Cyrillic)", "Oriya")
+    files = [path for path in files if config.dataset == "omniglot-50" or path.split(os.sep)[-3] in five]
+    images, files = read_images(config, File(config.data_root) / "omniglot-py", files)
+    places = [path.split(os.sep)[-3:-1] for path in files]             # Oriya, character07
+    return divide(images, [alphabet for alphabet, _ in places], groups=list(map("/".join, places)), every=5)
+
+
+def load_celeba(config):
+    """CelebA's aligned faces, the middle 148 x 148 of 178 x 218 pixels, without labels."""
+    def read(root):
+        rows = (root / "celeba" / "list_eval_partition.txt").read_text().splitlines()
+        return {name: part for name, part in map(str.split, rows)}, image_files(root / "celeba" / "img_align_celeba")
+    part_of, files = fetch(config, read, lambda folder: sets.CelebA(folder, "all", download=True))
+    images, files = read_images(config, File(config.data_root) / "celeba", files, crop=148)
+    return divide(images, [""] * len(files), [part_of.get(os.path.basename(path)) == "2" for path in files])
+
+
+def load_news20(config):
+    """20 Newsgroups by date as vectors of 2,000 TF-IDF features, those of sklearn's TfidfVectorizer(max_features=2000)."""
+    def read(root):
+        return [str(path) for part in ("train", "test") for path in sorted((root / f"20news-bydate-{part}").glob("*/*"))]
+    url, md5 = "http://qwone.com/~jason/20Newsgroups/20news-bydate.tar.gz", "d6e9e45cb8cb77ec5276dfa6dfc14318"
+    files = fetch(config, read, lambda folder: sets.utils.download_and_extract_archive(url, folder, md5=md5))
+    places = [path.split(os.sep)[-3:] for path in files]               # 20news-bydate-train, sci.space, 60821
+    test = np.array([part.endswith("test") for part, _, _ in places])
+    def make():
+        texts = [Counter(re.findall(r"\b\w\w+\b", File(path).read_text("latin-1").lower())) for path in files]
+        counts = Counter()
+        for k in np.flatnonzero(~test):
+            counts.update(texts[k])
+        words = sorted(sorted(counts, key=lambda word: (-counts[word], word))[:2000])
+        column, x = {word: j for j, word in enumerate(words)}, np.zeros((len(texts), len(words)), np.float32)
+        for row, text in zip(x, texts):
+            for word in text.keys() & column.keys():
+                row[column[word]] = text[word]
+        x *= np.log((1 + (~test).sum()) / (1 + (x[~test] > 0).sum(0))) + 1
+        x /= np.linalg.norm(x, axis=1, keepdims=True).clip(min=1)      # only that of a text without these words is below 1
+        return dict(x=torch.from_numpy((255 * x).round().astype(np.uint8)), words=words)
+    made = cached(config, File(files[0]).parents[1], files, make)
+    return divide(made["x"], [group for _, group, _ in places], test)._replace(words=made["words"])
+
+
+def as_images(x, where):
+    """An array of images in any usual shape and range -> (N, C, H, W) uint8; a clear failure where that is not what it is."""
+    x = np.asarray(x)
+    x = x[:, None] if x.ndim == 3 else np.moveaxis(x, 3, 1) if x.ndim == 4 and x.shape[3] in (1, 3) else x
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape or x.dtype.kind not in "buif":
+        fail(f"{where} must be numbers of shape (N, H, W), (N, H, W, 3) or (N, 3, H, W), not {x.dtype} of shape {x.shape}")
+    low, high = x.min(), x.max()
+    if not 0 <= low <= high <= 255:                                    # NaN is not either
+        fail(f"the pixels of {where} must be in 0..1 or in 0..255; they are in {low}..{high}")
+    if x.dtype != np.uint8 or high <= 1:
+        x = (x * np.float32(255 if high <= 1 else 1)).round().astype(np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def as_labels(labels, n, where):
+    """n labels, numbers or names; a clear failure where they are not."""
+    labels = np.asarray(labels)
+    if labels.shape != (n,) or labels.dtype.kind not in "biuU":
+        fail(f"{where} must be {n} whole numbers or names, one an image, not {labels.dtype} of shape {labels.shape}")
+    return labels
+
+
+def load_folder(config, folder):
+    """A folder of image files, with a folder for each class or not, in train/ and test/ or not; or of CUBICC's tensors."""
+    if (folder / "images.pt").exists():
+        images, labels = (torch.load(folder / f"{name}.pt", weights_only=True).numpy() for name in ("images", "labels"))
+        train, *test = (np.load(folder / f"{part}_split.npy", allow_pickle=False) for part in ("train", "validation", "test"))
+        rows = np.concatenate([train, *test])
+        labels = as_labels(labels.squeeze(), len(images), f"the labels in {folder}")
+        return divide(as_images(images[rows], f"the images in {folder}"), labels[rows], np.arange(len(rows)) >= len(train))
+    parts = [folder / "train", folder / "test"] if (folder / "train").is_dir() else [folder]
+    images, files = read_images(config, folder, [path for part in parts for path in image_files(part)])
+    below = [os.path.relpath(path, folder).split(os.sep) for path in files]     # test, birds, 1.png
+    names = [place[len(parts) - 1] if len(place) > len(parts) else "" for place in below]
+    return divide(images, [""] * len(names) if "" in names else names, [len(parts) > 1 and place[0] == "test" for place in below])
+
+
+def load_own(config, name=None):
+    """Images of the user's own: a folder, or an .npz with `images` and, if there are any, `labels`. name: in data_root."""
+    path = File(config.data_root) / name if name else File(config.dataset)
+    try:
+        if path.is_dir():
+            return load_folder(config, path)
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > 100 * path.stat().st_size + 2 ** 30:
+                fail(f"{path} is a decompression bomb: unpacked it would be more than a hundred times its size")
+        with np.load(path, allow_pickle=False) as arrays:
+            images = as_images(arrays["images"], f"`images` in {path}")
+            labels = as_labels(arrays["labels"], len(images), f"`labels` in {path}") if "labels" in arrays else [""] * len(images)
+    except Exception as error:
+        fail(f"{path} is not a folder of images, nor an .npz file with `images` ({type(error).__name__}: {first_line(error)})")
+    return divide(images, labels)
 
 
 class Views(NamedTuple):
@@ -229,6 +500,7 @@ class Views(NamedTuple):
     jitter_p: float = 1.0
     grey_p: float = 0.0
     gamma: float = 0.5               # largest change of the exponent's logarithm
+    flip_p: float = 0.5              # left to right
 
 
 VIEWS = {1: Views(), 3: Views((0.2, 1.0), (3 / 4, 4 / 3), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)}   # by channels; colour: the paper's
@@ -245,7 +517,7 @@ def random_view(x, views):
     area, ratio = uniform(*views.scale), uniform(*map(math.log, views.ratio)).exp()
     size = torch.stack([area * ratio, area / ratio], 1).sqrt().clamp(max=1)    # (B, 2) width, height; the image's are 1
     centre = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1) * (1 - size)
-    flip = torch.stack([torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.ones(len(x), device=x.device)], 1)
+    flip = torch.stack([torch.where(uniform(0, 1) < views.flip_p, -1.0, 1.0), torch.ones(len(x), device=x.device)], 1)
     grid = nn.functional.affine_grid(torch.cat([torch.diag_embed(size * flip), centre[:, :, None]], 2), x.shape, align_corners=False)
     x = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
@@ -266,6 +538,55 @@ def random_view(x, views):
     mean = (grey @ x.flatten(2)).mean(1)[:, None, None, None]
     x = (contrast[..., None] * x + (1 - contrast[..., None]) * mean).clamp(0, 1)
     return x ** uniform(-views.gamma, views.gamma).exp()[:, None, None, None]
+
+
+class DataSet(NamedTuple):
+    """A row of the table of data sets. The likelihood is not in it: normal where there are three channels, else Bernoulli."""
+    load: Callable                   # config -> Data
+    settings: dict = {}              # over those of the presets tiny and small
+    paper: dict = {}                 # over those of the preset paper
+    always: dict = {}                # over those of any preset and of --quick
+    views: Views = None              # None: by channels
+
+
+DATASETS = {
+    "shapes": DataSet(load_shapes, DRAWN),
+    "shapes-rgb": DataSet(load_shapes, DRAWN_RGB, PAPER_COLOUR),
+    "mnist": DataSet(partial(load_arrays, sets.MNIST)),
+    "fashion": DataSet(partial(load_arrays, sets.FashionMNIST)),
+    "cifar10": DataSet(partial(load_arrays, sets.CIFAR10), {}, PAPER_COLOUR),
+    "cifar100": DataSet(partial(load_arrays, CIFAR20), dict(max_leaves=20), PAPER_COLOUR | dict(max_leaves=20)),
+    "omniglot": DataSet(load_omniglot, dict(max_leaves=5), dict(max_leaves=5), dict(image_size=28), Views(flip_p=0.0)),
+    "omniglot-50": DataSet(load_omniglot, dict(max_leaves=50), dict(max_leaves=50), dict(image_size=28), Views(flip_p=0.0)),
+    "celeba": DataSet(load_celeba, {}, PAPER_64, dict(image_size=64),
+                      Views((0.75, 1.0), (0.8, 1.25), (0.2, 0.2, 0.2, 0.0), 0.8, 0.0, 0.0)),
+    "cubicc": DataSet(partial(load_own, name="CUBICC"), {}, PAPER_64, dict(image_size=64)),
+    "news20": DataSet(load_news20, dict(max_leaves=20), dict(max_leaves=20, max_depth=6, latent_channels=8, kl_start=0.0,
+                                                             kl_start_later=0.0, bottom_up_channels=128), VECTORS),
+}
+OWN = DataSet(load_own, {}, PAPER_COLOUR)
+
+
+def load_data(config):
+    """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
+    known = DATASETS.get(config.dataset, OWN)
+    data = known.load(config)
+    if len(data.images) != len(data.labels) or len(data.test_images) != len(data.test_labels):
+        fail(f"{config.dataset} has {len(data.labels)} and {len(data.test_labels)} labels for {len(data.images)} and "
+             f"{len(data.test_images)} images")
+    if data.images.dim() == 4:
+        side, views = config.image_size or nearest(min(data.images.shape[2:])), known.views or VIEWS[data.images.shape[1]]
+        data = data._replace(images=resized(data.images, side), test_images=resized(data.test_images, side), views=views)
+    if len(data.images) < 2:
+        fail(f"{config.dataset} has {len(data.images)} image to train on; batch norm needs two")
+    return data
+
+
+def resized(x, side):
+    """Images (N, C, H, W) uint8, their middle square resized to side."""
+    if x.shape[2:] == (side, side):
+        return x
+    return torch.cat([TF.resize(TF.center_crop(part, min(x.shape[2:])), [side, side]) for part in x.split(1000)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,22 +617,95 @@ def agree(tensors, mean=True):
         t.copy_(part.view_as(t))
 
 
-def write(path, save):
-    """Replace a file atomically: save(file) writes beside it, then it is renamed, so no reader ever sees a half.
-
-    Of several processes only the first writes.
+def replace_file(path, save, old=None):
+    """Replace a file atomically: save(file) writes one beside it, which is renamed once it is on the disk for sure, so that no
+    reader ever sees a half. old: a name for what was there before. OSError where it cannot be.
     """
-    if world()[0] == 0:
-        part = File(path).with_name(File(path).name + ".part")
+    path, part = File(path), File(path).with_name(File(path).name + ".part")
+    try:
         with open(part, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
+        if old and path.exists():
+            os.replace(path, old)
         os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise error.__context__ if isinstance(error.__context__, OSError) else error     # torch.save hides why
+
+
+def write(path, save, old=None):
+    """`replace_file` for a run's files: a failure is the end. Of several processes only the first writes."""
+    if world()[0] == 0:
+        try:
+            replace_file(path, save, old)
+        except OSError as error:
+            fail(f"{path} cannot be written ({first_line(error)}): make room, then go on with --resume; what was saved is there")
+
+
+def read_saved(path, device="cpu"):
+    """What torch.save wrote, tensors and plain values only; some exception or other if the file is missing or damaged."""
+    with zipfile.ZipFile(path) as archive:                             # torch.load itself looks at no check sum
+        if archive.testzip():
+            raise zipfile.BadZipFile("a check sum is wrong")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Make a run's folder and keep other runs out of it; the lock goes with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        fail(f"the run's folder cannot be written: {first_line(error)}")
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):      # else it is a file system without locks
+                fail(f"{folder} is in use by another run: wait for it, or choose another folder by --out")
+        yield
+
+
+@contextlib.contextmanager
+def stoppable(run):
+    """While a run trains, SIGINT and SIGTERM ask it to save and stop after the step it is in; a second one does not ask."""
+    def ask(number, frame):
+        run.stop = number
+        signal.signal(number, before[number])
+    both, before = (signal.SIGINT, signal.SIGTERM), {}
+    with contextlib.suppress(ValueError):                              # signals belong to the main thread
+        asked = [number for number in both if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        before |= {number: signal.signal(number, ask) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def pause():
+    """Seconds between two versions of the live line: on a terminal, in a log."""
+    return 0.5 if sys.stdout.isatty() else 60
+
+
+def show(text, last=False):
+    """The live line, which its last version leaves standing."""
+    if world()[0] == 0:
+        tty = sys.stdout.isatty()
+        print(f"\r\033[K{text}" if tty else text, end="" if tty and not last else "\n", flush=True)
 
 
 class Run:
     """A run's folder and its `state`: all that goes on after an interruption, saved to checkpoint.pt every minute.
+
+    The checkpoint before it stays as checkpoint_old.pt. stop: the signal that asked the run to stop, or 0.
 
     state: phase ("start", "initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
     epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
@@ -322,7 +716,7 @@ class Run:
         self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, centres=None, epoch=0, batch=0,
                                    parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
-        self.started = self.saved - self.state["seconds"]
+        self.started, self.stop = self.saved - self.state["seconds"], 0
 
     def seconds(self):
         """How long the run has been going, stops left out."""
@@ -338,17 +732,16 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write(self.folder / "log.csv", lambda file: file.write(table.getvalue().encode()))
-        write(self.folder / "checkpoint.pt", lambda file: torch.save(self.state, file))
+        write(self.folder / "checkpoint.pt", lambda file: torch.save(self.state, file), old=self.folder / "checkpoint_old.pt")
         self.saved = time.monotonic()
 
     def due(self):
-        """Whether the live line wants to be redrawn: twice a second on a terminal, once a minute in a log."""
-        return time.monotonic() - self.shown > (0.5 if sys.stdout.isatty() else 60)
+        """Whether the live line wants to be redrawn."""
+        return time.monotonic() - self.shown > pause()
 
     def say(self, text, last=False):
-        """The live line, which its last version leaves standing."""
-        if world()[0] == 0:
-            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() and not last else "\n", flush=True)
+        """Redraw the live line."""
+        show(text, last)
         self.shown = time.monotonic()
 
 
@@ -402,8 +795,9 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
     def means(n):
         """The means of what was logged in the n steps of this epoch; stops the run where one is not a number."""
         values = {name: float(value) / n for name, value in sums.items()}
-        if not math.isfinite(sum(values.values())):
-            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        weights = sum(torch._foreach_norm([p.detach() for p in network.parameters()])).item()
+        if not math.isfinite(sum(values.values()) + weights):
+            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value)) or "a weight"
             fail(f"{title}, epoch {epoch + 1}, step {batch + 1}: {bad} is not a number any more; checkpoint.pt still holds the last "
                  "good state; start anew with a lower learning rate or another --seed")
         return values
@@ -433,10 +827,13 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                 speed = done / (time.monotonic() - began)
                 run.say(f"{title}  epoch {epoch + 1}/{epochs}  {in_words(means(batch + 1))}  {speed * batch_size:.0f} images/s  "
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
-            if time.monotonic() - run.saved > SAVE_SECONDS:
+            if run.stop or time.monotonic() - run.saved > SAVE_SECONDS:
                 means(batch + 1)
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
                          sums={name: float(value) for name, value in sums.items()})
+            if run.stop:
+                run.say(f"stopped and saved; it goes on with python train.py --resume --out {run.folder}", last=True)
+                raise SystemExit(128 + run.stop)
         agree([value for _, value in sorted(sums.items()) if torch.is_tensor(value)])
         row = means(n_batches)
         shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in row.items() if name.startswith("P_"))
@@ -501,9 +898,9 @@ def train_tree(run, tree, data):
         contrastive = config.contrastive * (1.0 if first else config.contrastive_later)
 
         def step_loss(x, epoch, progress):
-            view = random_view(x, VIEWS[x.shape[1]]) if contrastive and centres is None else None
+            view = random_view(x, data.views) if contrastive and centres is None else None
             if config.augmented_elbo:
-                x = random_view(x, VIEWS[x.shape[1]])
+                x = random_view(x, data.views)
             guide = 0.0 if centres is None else config.guide * max(0.0, 1 - 2 * progress)
             return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive, centres, guide)
 
@@ -545,7 +942,7 @@ def next_start(run, tree):
 
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
     """The TreeVAE of a config."""
-    return TreeVAE(image_shape, "bernoulli" if image_shape[0] == 1 else "gaussian", config.latent_channels,
+    return TreeVAE(image_shape, "gaussian" if image_shape[0] == 3 else "bernoulli", config.latent_channels,
                    config.bottom_up_channels, config.representation_dim, config.max_depth, config.encoder, config.decoder, config.tree_width,
                    config.contrastive > 0, parents)
 
@@ -620,8 +1017,10 @@ def picture_of(tree, images):
                 images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
 
 
-def draw_tree(ax, parents, leaves, shares, images, title=""):
+def draw_tree(ax, parents, leaves, shares, images, title="", words=None):
     """Draw a tree with its leaves' images (L, n, C, H, W) uint8, n below one another, and their shares of the data.
+
+    Of vectors (L, n, len(words)) the words of their largest entries are written.
 
     -> the y below which nothing is drawn yet; leaf k is at x = k and 1 wide, the axes are in the same unit up and down.
     """
@@ -638,6 +1037,10 @@ def draw_tree(ax, parents, leaves, shares, images, title=""):
             ax.text(x, y, i, ha="center", va="center", fontsize=6, zorder=2, bbox=dict(boxstyle="circle", fc="white", ec="0.5"))
     for column, leaf in enumerate(leaves):
         for row, image in enumerate(images[column]):
+            if words:
+                largest = [words[k] for k in image.argsort(descending=True)[:6]]
+                ax.text(column, -row - 0.5, "\n".join(largest), ha="center", va="center", fontsize=5, parse_math=False)
+                continue
             ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), zorder=3,
                       extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03))
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
@@ -654,7 +1057,7 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def draw_training(run):
+def draw_training(run, words=None):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
     rows = [row for row in run.state["log"] if "elbo" in row and row["phase"] != "start"]
@@ -677,7 +1080,7 @@ def draw_training(run):
     for ax in axes.flat:
         ax.axis("off")
     for ax, frame in zip(axes.flat, frames):
-        draw_tree(ax, **frame)
+        draw_tree(ax, **frame, words=words)
     save_figure(figure, run.folder / "growth.png")
 
 
@@ -686,9 +1089,11 @@ def draw_training(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_flags(argv):
-    """argv -> Config, whether to resume. What is not typed comes from --quick, the data set or the preset, in this order."""
+    """argv -> Config, and "resume", "overwrite" or "start". What is not typed comes from --quick, the data set or the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
+    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, whose files go")
     parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
     for f in fields(Config):
         kind = dict(type=f.type, choices=f.metadata["choices"],
@@ -698,21 +1103,25 @@ def parse_flags(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), default=None,
                             help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
     flags = vars(parser.parse_args(argv))
-    resume, quick = flags.pop("resume"), flags.pop("quick")
+    quick, asked = flags.pop("quick"), [name for name in ("resume", "overwrite") if flags.pop(name)]
+    how = asked[0] if asked else "start"
     typed = {name: value for name, value in flags.items() if value is not None}
     dataset = typed.get("dataset", "shapes")
-    typed["out"] = typed.get("out") or f"runs/{dataset}"
-    if resume:
+    if dataset not in DATASETS and os.path.exists(os.path.expanduser(dataset)):
+        dataset = typed["dataset"] = os.path.realpath(os.path.expanduser(dataset))    # the same from any folder
+    typed["out"] = typed.get("out") or f"runs/{File(dataset).name.removesuffix('.npz')}"
+    if how == "resume":
         kept = [name for name in typed if name not in ("dataset", "out", "device", "data_root")] + ["quick"] * quick
         if kept:
             fail(f"a resumed run keeps its own settings: leave out --{kept[0].replace('_', '-')}, or train in another folder with --out")
-        return load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed}), True
+        return load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed}), how
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
-    of_data = DATASET_DEFAULTS.get(dataset, {}) if preset != "paper" else PAPER_COLOUR if dataset in ("shapes-rgb", "cifar10") else {}
-    defaults = PRESETS[preset] | of_data | (QUICK if quick else {})
-    return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), False
+    known = DATASETS.get(dataset, OWN)
+    of_data = known.paper if preset == "paper" else known.settings
+    defaults = PRESETS[preset] | of_data | (QUICK if quick else {}) | known.always
+    return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), how
 
 
 def check(config):
@@ -721,10 +1130,13 @@ def check(config):
         value, flag, choices = getattr(config, f.name), "--" + f.name.replace("_", "-"), f.metadata["choices"]
         if type(value) is not f.type and not (f.type is float and type(value) is int):
             fail(f"{flag} must be of type {f.type.__name__}, not {value!r}")
-        if choices and value.removesuffix(" --quick") not in choices:
-            fail(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        if choices and str(value).removesuffix(" --quick") not in map(str, choices):
+            fail(f"{flag} must be one of {', '.join(map(str, choices))}, not {value!r}")
         if f.type in (int, float) and not f.metadata["least"] <= value < 2 ** 31:
             fail(f"{flag} must be a number of at least {f.metadata['least']}, not {value}")
+    if config.dataset not in DATASETS and not os.path.exists(config.dataset):
+        fail(f"invalid choice: {config.dataset!r}; --dataset must be one of {', '.join(DATASETS)}, or the path of a folder of "
+             "images or an .npz file")
     for name in ("unet_multipliers", "unet_attention"):
         parts = getattr(config, name).split(",") if getattr(config, name) or name == "unet_multipliers" else []
         if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -746,12 +1158,40 @@ def check(config):
 def load_checkpoint(path, device):
     """A file written by torch.save, tensors and plain values only; a clear failure if it is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return read_saved(path, device)
     except FileNotFoundError:
         fail(f"{path} is missing: this run has not come that far, or trains no stage 2 (--diffusion-epochs 0); "
              f"go on with python train.py --resume --out {File(path).parent}")
     except Exception as error:                                         # a damaged file shows itself in many ways
         fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours; train again, or put back a copy")
+
+
+def identity(config):
+    """What a checkpoint and a config must agree in: all settings but those that a resumed run may change."""
+    return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "data_root")}
+
+
+def load_state(config, images=None):
+    """The state of a run: checkpoint.pt or, where that is missing, damaged or foreign, the one before; None if there is neither.
+
+    images: the check sum of those that it must be about.
+    """
+    wrong = []
+    for name in ("checkpoint.pt", "checkpoint_old.pt"):
+        try:
+            state = dict(read_saved(File(config.out) / name))
+            if asdict(Config()) | state["config"] != asdict(Config()) | identity(config) or images not in (None, state["images"]):
+                raise ValueError("it is of a run with other settings or other images")
+        except FileNotFoundError:
+            continue
+        except Exception as error:                                     # a damaged file shows itself in many ways
+            wrong.append(f"{name} cannot be used ({type(error).__name__}: {first_line(error)})")
+            continue
+        if wrong:
+            note(f"{wrong[0]}; going on from {name}")
+        return state
+    if wrong:
+        fail(f"in {config.out} {' and '.join(wrong)}; put back a copy, or start anew with --overwrite")
 
 
 def load_config(folder, **changes):
@@ -761,7 +1201,7 @@ def load_config(folder, **changes):
         config = Config(**(json.loads(path.read_text()) | changes | dict(out=str(folder))))
     except FileNotFoundError:
         fail(f"there is no run in {str(folder)!r} (no config.json); train one with python train.py --out {folder}")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         fail(f"{path} is not a run's settings: {first_line(error)}")
     return check(config)
 
@@ -794,68 +1234,105 @@ def load_run(folder, device="auto", data_root=None, need_diffusion=True):
             networks = build_denoiser(config, tree).to(device)
             networks.load_state_dict(load_checkpoint(File(folder) / "diffusion.pt", device))
             networks.requires_grad_(False).eval()
-    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except Exception as error:
         fail(f"the weights in {folder} do not fit its config.json ({first_line(error)})")
     return config, device, data, tree.requires_grad_(False).eval(), networks
 
 
-def main(argv=None):
-    """The recipe: settings, data, folder, stage 1, stage 2, pictures."""
-    config, resume = parse_flags(argv)
-    folder = File(config.out)
-    if not resume and (folder / "config.json").exists() and not load_config(folder).preset.endswith("--quick"):
-        fail(f"{folder} holds a run already: go on with it by --resume, choose another folder by --out, or delete it")
-    device, data = pick_device(config.device), load_data(config)
-    state = load_checkpoint(folder / "checkpoint.pt", "cpu") if resume else None
+FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.*",
+         *(f"{name}.png" for name in ("curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
+                                      "leaf_*", "node_*")))                                      # what --overwrite takes away
+
+
+def begin(config, device, data, how):
+    """A new run in its folder, or the one that is there as its checkpoint has it. -> Run, TreeVAE"""
+    some = data.images[::1 + len(data.images) // 10000].numpy()
+    mark = dict(config=identity(config), images=zlib.crc32(np.ascontiguousarray(some)))
+    state = load_state(config, mark["images"]) if how == "resume" else None
     (rank, n) = world()
     if n > 1:
         dist.barrier()                                                 # nobody writes before all have looked
-    if config.tree_batch_size % n or config.subtree_batch_size % n or config.diffusion_batch_size % n:
-        fail(f"the three batch sizes must be multiples of the number of processes, {n}")
-    data = data._replace(images=data.images[:config.max_images or None].to(device))
-    say = print if rank == 0 else lambda *text, **kwargs: None
-    say(f"{config.dataset}: {len(data.images)} training images {tuple(data.images.shape[1:])}; preset {config.preset}; on "
-          f"{device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n{HOW_LONG.get(config.preset, 'half a minute')}", flush=True)
     torch.manual_seed(config.seed)
     try:
         run = Run(config, device, state)
         tree = build_tree(config, tuple(data.images.shape[1:]), run.state["parents"]).to(device)
-        if resume:
+        if state:
             tree.load_state_dict(state["tree"])
             set_random_state(state["random"], device)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{folder / 'checkpoint.pt'} does not fit the run's config.json ({first_line(error)})")
-    if not resume and rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.iterdir():                               # of a --quick run
-                if old.suffix in (".pt", ".json", ".csv", ".png", ".gif", ".part"):
-                    old.unlink()
-            run.save(tree=tree.state_dict(), training=None)
-            write(folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
-        except OSError as error:
-            fail(f"the run's folder cannot be written: {error}")
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        fail(f"no tree can be made with these settings, or the run's checkpoint does not fit them ({first_line(error)})")
+    if state is None and rank == 0:
+        for old in [path for pattern in FILES * (how == "overwrite") for path in run.folder.glob(pattern)]:
+            old.unlink()
+        write(run.folder / "config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
+        run.save(**mark, tree=tree.state_dict(), training=None)
+    return run, tree
 
-    train_tree(run, tree, data)
-    write(folder / "tree.pt", lambda file: torch.save({"parents": tree.parents, "state_dict": tree.state_dict()}, file))
-    if run.state["phase"] == "diffusion" and config.diffusion_epochs:
-        train_diffusion(run, tree, data)
-    draw_training(run)
-    sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves)).tolist()
-    say("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
-    say(f"done in {clock(run.seconds())}; now: "
-          + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
+
+def train_both(run, tree, data):
+    """Stage 1, stage 2, and what they leave in the folder."""
+    config = run.config
+    try:
+        train_tree(run, tree, data)
+        write(run.folder / "tree.pt", lambda file: torch.save({"parents": tree.parents, "state_dict": tree.state_dict()}, file))
+        if run.state["phase"] == "diffusion" and config.diffusion_epochs:
+            train_diffusion(run, tree, data)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        phase = run.state["phase"]
+        flag = {"diffusion": "diffusion_batch_size", "grow": "subtree_batch_size"}.get(phase, "tree_batch_size")
+        fail(f"{run.device} ran out of memory in the phase {phase}: halve --{flag.replace('_', '-')}, which is "
+             f"{getattr(config, flag)}, and start anew")
+
+
+def main(argv=None):
+    """The recipe: settings, data, folder, stage 1, stage 2, pictures."""
+    config, how = parse_flags(argv)
+    folder = File(config.out)
+    if how == "start" and any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "tree.pt")):
+        fail(f"{folder} holds a run already: go on with it by --resume, replace it by --overwrite, or choose another by --out")
+    if how == "overwrite" and (folder / "config.json").exists():
+        load_config(folder)                                            # which is a run's, or nothing is overwritten
+    device, data = pick_device(config.device), load_data(config)
+    data = data._replace(images=data.images[:config.max_images or None])
+    (rank, n) = world()
+    if config.tree_batch_size % n or config.subtree_batch_size % n or config.diffusion_batch_size % n:
+        fail(f"the three batch sizes must be multiples of the number of processes, {n}")
+    vectors = data.images.dim() == 2
+    for name in [name for name in VECTORS if vectors and getattr(config, name) != VECTORS[name]]:
+        fail(f"--{name.replace('_', '-')} must be {VECTORS[name]} here: of vectors there are neither random views nor a stage 2")
+    with alone_in(folder) if rank == 0 else contextlib.nullcontext():
+        run, tree = begin(config, device, data, how)
+        say = print if rank == 0 else lambda *text, **kwargs: None
+        say(f"{config.dataset}: {len(data.images)} training {'vectors' if vectors else 'images'} {tuple(data.images.shape[1:])}; "
+            f"preset {config.preset}; on {device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n"
+            f"{HOW_LONG.get(config.preset, 'half a minute')}" + "; there is no stage 2 for vectors" * vectors, flush=True)
+        if len(data.images) < config.tree_batch_size:
+            note(f"{len(data.images)} images are fewer than a batch of {config.tree_batch_size}: that has all, no leaf is split")
+        data = data._replace(images=data.images.to(device))
+        with stoppable(run):
+            train_both(run, tree, data)
+        draw_training(run, data.words)
+        sizes = torch.bincount(leaf_probs(tree.eval(), data.images).argmax(1), minlength=len(tree.leaves)).tolist()
+        say("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
+        say(f"done in {clock(run.seconds())}; now: "
+            + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
     if n > 1:
         dist.destroy_process_group()
 
 
 def run_program(main):
-    """Run a program's main: Ctrl-C and a reader that stops reading (`| head`) end it without a traceback."""
+    """Run a program's main: Ctrl-C, SIGTERM and a reader that stops reading (`| head`) end it without a traceback."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")                  # a file's name may be anything
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; a run in training goes on with python train.py --resume", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(128 + (stop.args or (signal.SIGINT,))[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
