@@ -280,7 +280,7 @@ def look_at(run, title, n, make, features, head):
     make(rows) -> {who: images (B, C, H, W) uint8} of some rows of the n: they are made, looked at and forgotten.
     """
     seen, classes = {}, {}
-    for rows in run.watch(title, torch.arange(n).split(500)):
+    for rows in run.watch(title, torch.arange(n).split(256 if run.device.type == "cpu" else 1000)):
         for who, images in make(rows).items():
             for name, network in features.items():
                 found = torch.cat([network(x.float() / 255) for x in images.to(run.device).split(100)])
@@ -332,7 +332,7 @@ def measure(folder, flags):
         x = images[rows].float() / 255 if what == "reconstructions" else None
         path = tree.sample_path(len(rows)) if x is None else tree.infer_path(x, tree.leaf_probs(x).argmax(1))
         leaves.append(path.nodes.amax(1).cpu())
-        drawn = painter.draw(path, batch_size=64 if on_cpu else 500) if stage_2 else [tree.decode(path).cpu()]
+        drawn = painter.draw(path, batch_size=64 if on_cpu else 1000) if stage_2 else [tree.decode(path).cpu()]
         return {who: (255 * x).round().byte() for who, x in zip(("TreeVAE", "diffusion"), drawn)}        # 8 bits, as in files
     n_of = {"test images": len(images), "reconstructions": min(len(images), flags.images), "new images": flags.images}
     for what, n in n_of.items() if any(f"{name} of new images by TreeVAE" not in result for name in features) else ():

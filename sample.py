@@ -11,6 +11,8 @@ denoising.png      one image of each leaf on its way out of the noise
 interpolation.png  one root sample turning into another, the rest of the randomness held, under one leaf
 growth.gif         the tree while it grew, a frame after every phase of stage 1
 reconstructions.png    test images, their reconstructions by the tree, and by the diffusion model on the same path
+
+metrics.py draws its pictures by this file, too.
 """
 
 import argparse

@@ -291,12 +291,12 @@ def numbers_of(folder):
 
 def test_all_numbers_of_a_run(tmp_path, data, capsys):
     folder = make_run(tmp_path / "a", data)
-    metrics.main([str(folder), *FLAGS, "--ll-samples", "2"])
+    metrics.main([str(folder), *FLAGS, "--ll-samples", "2", "--images", "150"])                   # more than the 120 test images
     found, said = numbers_of(folder), capsys.readouterr().out
     assert found["elbo"] == pytest.approx(found["reconstruction"] - found["kl_root"] - found["kl_nodes"] - found["kl_decisions"], abs=0.01)
     assert found["elbo, bits a dimension"] == pytest.approx(-found["elbo"] / math.log(2) / 784)
     for who in ("TreeVAE", "diffusion"):
-        assert sum(map(sum, found["predicted"][who])) == 70 and 0 <= found[f"leaf entropy by {who}"] <= math.log(8)
+        assert sum(map(sum, found["predicted"][who])) == 150 and 0 <= found[f"leaf entropy by {who}"] <= math.log(8)
         for what in ("reconstructions", "new images"):
             assert found[f"FD (classifier) of {what} by {who}"] > 0
     assert "no FID" in said and not any(name.startswith("FID") for name in found)

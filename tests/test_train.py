@@ -42,7 +42,8 @@ def test_a_run_leaves_all_its_files(finished):
     assert [row.split(",")[1] for row in rows][:5] == ["start", "start", "initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
-def test_pictures_and_metrics_of_a_run(finished, capsys):
+def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
+    monkeypatch.setitem(metrics.RECIPES, "small", (1, 3e-3))
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
     for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "denoising.png", "interpolation.png",
                  "growth.gif"):
