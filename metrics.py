@@ -300,7 +300,7 @@ def measure(folder, flags):
     kind, features, head = flags.classifier or ("small" if on_cpu else "resnet50"), {}, None
     told = config.condition + " + reconstruction" * config.with_reconstruction
     method = {"path": "TreeDiffusion", "none + reconstruction": "TreeVAE + Diffusion"}.get(told, f"Diffusion ({told})")
-    print(f"{folder}: {method} on {config.dataset}, preset {config.preset}, seed {config.seed}", flush=True)
+    print(f"{folder}: {method}, {config.dataset}, seed {config.seed}; Frechet distances to {len(images)} test images", flush=True)
     made_of = [folder / name for name in ("config.json", "tree.pt", "diffusion.pt")] + sorted(File(__file__).parent.glob("*.py"))
     result = dict(run=str(folder), dataset=config.dataset, preset=config.preset, seed=config.seed, method=method, protocol=dict(
         images=flags.images, steps=painter.steps, seed=flags.seed, classifier=kind,
