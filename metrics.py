@@ -1,7 +1,7 @@
 """Every number that the papers report, from a finished run.
 
     python metrics.py runs/fashion            the tables below, metrics.json and two pictures, in the run's folder
-    python metrics.py runs/fashion --full     and the bound on log p(x) by 1,000 samples an image: long on a CPU
+    python metrics.py runs/fashion --full     and the bound on log p(x) by 1,000 samples an image: 15 minutes more on a CPU
     python metrics.py runs/a runs/b ...       the same of each run, then all side by side: table3.md, table3.png next to the first
 
 Test images go to their most probable leaf: dendrogram purity and other scores, growth_scores.png; the ELBO and its terms.
