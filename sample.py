@@ -11,6 +11,8 @@ denoising.png      one image of each leaf on its way out of the noise
 interpolation.png  one root sample turning into another, the rest of the randomness held, under one leaf
 growth.gif         the tree while it grew, a frame after every phase of stage 1
 reconstructions.png    test images, their reconstructions by the tree, and by the diffusion model on the same path
+
+metrics.py draws its pictures by this file, too.
 """
 
 import argparse
@@ -35,8 +37,8 @@ COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 class Painter:
     """A run with the settings of sampling: from paths to images."""
 
-    def __init__(self, folder, device, steps, eta, guidance=0.0, data_root=None):
-        self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device, data_root)
+    def __init__(self, folder, device, steps, eta, guidance=0.0, data_root=None, need_diffusion=True):
+        self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device, data_root, need_diffusion)
         self.diffusion, self.steps, self.eta, self.guidance = Diffusion(self.config.timesteps).to(self.device), steps, eta, guidance
 
     def noise(self, n):
@@ -135,6 +137,51 @@ def draw_interpolation(painter, leaf, seed, file, n=10, rows=3):
     both = torch.stack([part.view(rows, n, *painter.tree.image_shape) for part in (decoded, drawn)], 1)
     figure, ax = plt.subplots(figsize=(0.62 * n, 0.62 * 2 * rows + 0.4), layout="constrained")
     show(ax, both.flatten(0, 2), n, f"From one z_0 to another under leaf {leaf}; TreeVAE above diffusion, {rows} pairs")
+    train.save_figure(figure, file)
+
+
+def draw_leaf_classes(painter, counts, file):
+    """leaf_classes.png, Figure 5: the tree, new images at its leaves, and what a classifier sees in all new images of each leaf.
+
+    counts: {who drew: (n_leaves, n_classes)}, the images of each predicted class.
+    """
+    tree, classes, path = painter.tree, painter.data.classes, painter.new_paths(3)
+    images = painter.draw(path)[1] if painter.networks else painter.tree.decode(path).cpu()
+    who, of_leaf = list(counts)[-1], next(iter(counts.values())).sum(1)
+    figure, ax = plt.subplots(figsize=(1.5 * len(tree.leaves) + 1, 9))
+    bottom = train.draw_tree(ax, tree.parents, tree.leaves, of_leaf / of_leaf.sum(),
+                             (255 * images.view(len(tree.leaves), 3, *tree.image_shape)).round().byte())
+    for name, table in counts.items():
+        bottom -= 1.15
+        ax.text(-0.6, bottom + 0.5, name, ha="right", va="center", fontsize=7)
+        for k, row in enumerate(table):                                # a histogram 0.94 wide and 1 high, its class c at colour c
+            x = k - 0.47 + 0.94 * (np.arange(len(row)) + 0.5) / len(row)
+            bars = ax.bar(x, row / max(1, row.sum()), 0.8 / len(row), bottom,
+                          color=[COLOURS[c % len(COLOURS)] for c in range(len(row))])
+            ax.plot([k - 0.47, k + 0.47], [bottom, bottom], color="0.6", lw=0.6)
+    ax.set_ylim(bottom - 0.1, None)
+    ax.legend(bars, classes, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=5, fontsize=7, frameon=False)
+    ax.set_title(f"New images by {who}, and how a classifier divides all new images of a leaf among the classes (bars, 0 to 1):\n"
+                 "one high bar is a leaf of one class. In percent: how many of the new images come to the leaf", fontsize=9)
+    train.save_figure(figure, file)
+
+
+def draw_growth_scores(growth, file):
+    """growth_scores.png. growth: rows of number of leaves, dendrogram purity, NMI."""
+    figure, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    leaves, *scores = zip(*growth)
+    for values, name, marker, colour in zip(scores, ("dendrogram purity", "NMI"), "os", COLOURS):
+        ax.plot(leaves, values, marker + "-", label=name, color=colour)
+    ax.set(xlabel="leaves", xticks=sorted(set(leaves)), ylim=(0, 1))
+    ax.legend()
+    ax.set_title("What each split adds: test images in the final tree's clusters,\nmerged to the leaves that the tree had then", fontsize=9)
+    train.save_figure(figure, file)
+
+
+def draw_text(text, file):
+    """A picture of a table."""
+    figure = plt.figure(figsize=(1, 1))
+    figure.text(0, 0, text, family="monospace", fontsize=8)
     train.save_figure(figure, file)
 
 

@@ -744,6 +744,15 @@ class Run:
         show(text, last)
         self.shown = time.monotonic()
 
+    def watch(self, title, items):
+        """The items of a list, one by one, with a live line that says how far this is and how long it will take."""
+        began = time.monotonic()
+        for k, item in enumerate(items):
+            if k and self.due():
+                self.say(f"{title}  {100 * k // len(items)}%  {clock((time.monotonic() - began) * (len(items) / k - 1))} left")
+            yield item
+        self.say(f"{title}: {clock(time.monotonic() - began)}", last=True)
+
 
 def random_state(device):
     """The state of torch's generators, the CPU's and the device's."""

@@ -42,7 +42,8 @@ def test_a_run_leaves_all_its_files(finished):
     assert [row.split(",")[1] for row in rows][:5] == ["start", "start", "initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
-def test_pictures_and_metrics_of_a_run(finished, capsys):
+def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
+    monkeypatch.setitem(metrics.RECIPES, "small", (1, 3e-3))
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
     for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "denoising.png", "interpolation.png",
                  "growth.gif"):
@@ -51,7 +52,7 @@ def test_pictures_and_metrics_of_a_run(finished, capsys):
     sample.main([str(finished), "--leaf", str(leaf), "--n", "2", "--steps", "2", "--eta", "0.5", "--device", "cpu"])
     sample.main([str(finished), "--node", "0", "--n", "2", "--steps", "2", "--device", "cpu"])
     assert (finished / f"leaf_{leaf}.png").exists() and (finished / "node_0.png").exists()
-    metrics.main([str(finished), "--device", "cpu", "--ll-samples", "2"])
+    metrics.main([str(finished), "--device", "cpu", "--ll-samples", "2", "--images", "64", "--steps", "2"])
     result = json.loads((finished / "metrics.json").read_text())
     assert 0 < result["dendrogram_purity"] <= 1 and sum(result["leaf_sizes"]) == result["images"] == 2000
     parts = [result[name] for name in ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")]
