@@ -4,7 +4,8 @@
     python metrics.py runs/fashion --full     and the bound on log p(x) by 1,000 samples an image: 15 minutes more on a CPU
     python metrics.py runs/a runs/b ...       the same of each run, then all side by side: table3.md, table3.png next to the first
 
-Test images go to their most probable leaf: dendrogram purity and other scores, growth_scores.png; the ELBO and its terms.
+Test images go to their most probable leaf: dendrogram purity and other scores, growth_scores.png; the ELBO and its terms; the
+denoising loss by time, which tells how much a condition helps.
 Tables 1, 3: Frechet distances of reconstructions and of new images, by TreeVAE and by diffusion on the same paths, to the test
 images. Table 2, Figure 5: what a classifier sees in each leaf's new images, leaf_classes.png, and the mean entropy of that.
 metrics.json grows part by part; a part is computed again if the run, the settings or the code have changed since.
@@ -290,6 +291,27 @@ def look_at(run, title, n, make, features, head):
     return seen, {who: torch.cat(parts).numpy() for who, parts in classes.items()}
 
 
+@torch.no_grad()
+def denoising_loss(painter, images, seed=0, buckets=10):
+    """L_simple, eq. (30), a pixel, of images (N, C, H, W) uint8 given their paths: {"denoising loss, all t": mean, "..., t in 0..99": ...}.
+
+    Each image at one random time in each bucket; the noise is a function of the seed, so that runs can be compared.
+    """
+    T, losses = painter.config.timesteps, torch.zeros(buckets, dtype=torch.float64)
+    buckets = min(buckets, T)
+    for k, rows in enumerate(images.split(250)):
+        torch.manual_seed(seed + k)
+        noise, times = torch.randn(buckets, *rows.shape), torch.rand(buckets, len(rows))
+        x = rows.float() / 255
+        net, y = train.conditioned(painter.networks, painter.config, painter.tree, painter.tree.infer_path(x))
+        for b in range(buckets):
+            t = ((b + times[b]) * T / buckets).long().clamp(max=T - 1).to(x.device)
+            with train.autocast(painter.config, painter.device):
+                losses[b] += len(x) * painter.diffusion.loss(net, 2 * x - 1, y, t, noise[b].to(x.device)).item() / len(images)
+    return {"denoising loss, all t": losses[:buckets].mean().item()} | {
+        f"denoising loss, t in {b * T // buckets}..{(b + 1) * T // buckets - 1}": losses[b].item() for b in range(buckets)}
+
+
 def measure(folder, flags):
     """All numbers and pictures of one run, written as they are found. -> {name: number, ...}, what metrics.json holds."""
     folder, stage_2 = File(folder), (File(folder) / "diffusion.pt").exists()
@@ -316,6 +338,8 @@ def measure(folder, flags):
         torch.manual_seed(flags.seed)
         frames = train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"]
         save(evaluate(run, tree, images, np.asarray(data.test_labels) if data.classes else None, frames))
+    if stage_2 and "denoising loss, all t" not in result:
+        save(denoising_loss(painter, images[:2500], flags.seed))
     if data.classes:
         sample.draw_growth_scores(result["growth"], folder / "growth_scores.png")
         features[FD], head = load_classifier(run, kind, data, folder.parent / f"classifier-{config.dataset}-{kind}.pt")
@@ -367,7 +391,7 @@ def table(results):
     names = dict.fromkeys(name for r in results for name, value in r.items() if isinstance(value, float))
     columns = [["run", "method", "images, DDIM steps", *(name.replace("_", " ") + ", nats" * (name in NATS) for name in names)]]
     columns += [[r["run"], r["method"], "{images}, {steps}".format(**r["protocol"]),
-                 *(f"{r[name]:.3f}" if name in r else "-" for name in names)] for r in results]
+                 *(f"{r[name]:.{5 if 'denoising' in name else 3}f}" if name in r else "-" for name in names)] for r in results]
     lines = ["| " + " | ".join(row) + " |" for row in zip(*[[cell.ljust(max(map(len, c))) for cell in c] for c in columns])]
     return "\n".join([lines[0], "|".join("-" * len(part) for part in lines[0].split("|")), *lines[1:]])
 

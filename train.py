@@ -48,7 +48,7 @@ from torchvision.transforms import functional as TF
 
 from diffusion import Diffusion, UNet, beside
 from path_encoder import SIGNALS, PathEncoder
-from treevae import TreeVAE, two_means
+from treevae import TreeVAE, normalized_cut
 
 try:
     import fcntl
@@ -115,13 +115,11 @@ class Config:
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
-    starts: int = setting(5, "trees to start with, of which the one with the best ELBO and contrast goes on; 0: one, without more ado")
-    start_epochs: int = setting(2, "epochs of each", least=1)
     contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
     contrastive_later: float = setting(0.1, "what is left of it when all parameters train again, or a split without guide, as a share")
     augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
-    guide: float = setting(30.0, "a new split starts along the 2-means of its images; weight of this in its first half (0 without contrastive)")
-    initial_epochs: int = setting(8, "epochs of the root and its two leaves", least=1)
+    guide: float = setting(30.0, "splits start along the best cut of their images' features; weight in the first half (0 without contrastive)")
+    initial_epochs: int = setting(20, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
     finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned")
@@ -129,6 +127,7 @@ class Config:
     kl_start_later: float = setting(0.1, "the same in all later phases")
     kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
     # stage 2: the diffusion model
+    tree: str = setting("", "folder of a run whose tree and settings are taken, so that only stage 2 is trained: for comparisons")
     condition: str = setting("path", "what of the tree the U-Net is told, the paper's ablation", list(SIGNALS))
     with_reconstruction: bool = setting(False, "the U-Net also sees the leaf's reconstruction; with --condition none: \"TreeVAE + Diffusion\"")
     drop_condition: float = setting(0.0, "share of images whose condition is dropped in training, for sample.py --guidance")
@@ -146,6 +145,11 @@ class Config:
     grad_clip: float = setting(1.0, "largest norm of the gradient, stage 2")
     ema_decay: float = setting(0.9999, "decay of the weights' moving average, reached through (1 + step) / (10 + step)")
 
+    @property
+    def guided(self):
+        """Whether splits follow the images' features, which the contrastive loss teaches."""
+        return self.guide > 0 and self.contrastive > 0
+
 
 PRESETS = {
     "tiny": {},
@@ -155,7 +159,7 @@ PRESETS = {
     "paper": dict(latent_channels=16, bottom_up_channels=32, representation_dim=4, encoder="cnn", decoder="cnn", tree_width=32, max_depth=7,
                   max_leaves=10, tree_batch_size=256, subtree_batch_size=256, tree_lr=1e-3, tree_lr_decay="step", initial_epochs=150,
                   subtree_epochs=150, intermediate_epochs=80, finetune_epochs=200, weight_decay=1e-5, kl_start=0.5,
-                  kl_start_later=0.5, kl_per_epoch=0.001, starts=0, contrastive=0.0, guide=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
+                  kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0, guide=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
                   unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=300, diffusion_batch_size=256,
                   diffusion_lr=2e-4, diffusion_lr_decay="constant", warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999),
 }
@@ -165,11 +169,11 @@ PAPER_COLOUR = dict(encoder="resnet", decoder="resnet", latent_channels=64, bott
 PAPER_64 = PAPER_COLOUR | dict(tree_batch_size=128, subtree_batch_size=128, unet_multipliers="1,2,2,2,4", diffusion_batch_size=32)
 VECTORS = dict(encoder="mlp", decoder="mlp", representation_dim=1, contrastive=0.0, guide=0.0, augmented_elbo=False,
                diffusion_epochs=0)                                                               # all that vectors allow
-DRAWN = dict(max_leaves=8, starts=3, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, subtree_batch_size=64,
+DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, subtree_batch_size=64,
              kl_per_epoch=0.13, diffusion_epochs=8, diffusion_batch_size=32, diffusion_lr=1e-3, warmup_steps=200, unet_channels=16,
              unet_blocks=1, unet_multipliers="1,2,4")
-DRAWN_RGB = DRAWN | dict(start_epochs=1, initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)
-QUICK = dict(max_images=2048, max_leaves=5, starts=2, start_epochs=1, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
+DRAWN_RGB = DRAWN | dict(initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)
+QUICK = dict(max_images=2048, max_leaves=5, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 30",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
@@ -707,13 +711,13 @@ class Run:
 
     The checkpoint before it stays as checkpoint_old.pt. stop: the signal that asked the run to stop, or 0.
 
-    state: phase ("start", "initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
+    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
     epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
     """
 
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
-        self.state = state or dict(phase="start" if config.starts else "initial", start=0, best=None, node=None, centres=None, epoch=0, batch=0,
+        self.state = state or dict(phase="initial", node=None, guide=None, epoch=0, batch=0,
                                    parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started, self.stop = self.saved - self.state["seconds"], 0
@@ -874,13 +878,15 @@ def next_phase(tree, images, config, phase):
     tree.eval()
     if phase == "finetune":
         return "diffusion", None, None, "the tree is done"
-    splits = (len(tree.parents) - 3) // 2
-    if phase == "grow" and splits % 3 == 0 and config.intermediate_epochs:
+    if phase == "initial" and config.guided:
+        return "grow", 0, torch.ones(len(images), dtype=torch.bool, device=images.device), "the root's split is made anew, along the best cut"
+    splits = (len(tree.parents) - 3) // 2                              # after the root's
+    if phase == "grow" and splits and splits % 3 == 0 and config.intermediate_epochs:
         return "intermediate", None, None, f"all parameters train after {splits} splits"
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
     if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:      # leaves that pruning will take do not count
-        split = tree.next_split(probs, min_images=config.tree_batch_size)
+        split = tree.next_split(probs, config.tree_batch_size, hard=config.guided)
         if split:
             children = tree.grow(split[0])
             return "grow", *split, f"leaf {split[0]} has the most images, {split[1].sum():d}: it is split into {children[0]} and {children[1]}"
@@ -895,58 +901,45 @@ def next_phase(tree, images, config, phase):
 
 
 def train_tree(run, tree, data):
-    """Stage 1: several starts, initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
+    """Stage 1: initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
     config, state = run.config, run.state
-    epochs_of = dict(start=config.start_epochs, initial=config.initial_epochs, grow=config.subtree_epochs,
-                     intermediate=config.intermediate_epochs, finetune=config.finetune_epochs)
+    epochs_of = dict(initial=config.initial_epochs, grow=config.subtree_epochs, intermediate=config.intermediate_epochs,
+                     finetune=config.finetune_epochs)
     while (phase := state["phase"]) in epochs_of:
-        node = state["node"]                                           # the leaf that was split; None if everything trains
-        centres = None if state["centres"] is None else state["centres"].to(run.device)
-        first = phase in ("start", "initial")
-        kl_start = config.kl_start if first else config.kl_start_later
-        contrastive = config.contrastive * (1.0 if first else config.contrastive_later)
+        node, guide = state["node"], None                              # the leaf that was split; None if everything trains
+        if state["guide"]:
+            guide = [part.to(run.device) for part in state["guide"]]
+        kl_start = config.kl_start if phase == "initial" else config.kl_start_later
+        contrastive = config.contrastive * (1.0 if phase == "initial" else config.contrastive_later)
 
         def step_loss(x, epoch, progress):
-            view = random_view(x, data.views) if contrastive and centres is None else None
+            view = random_view(x, data.views) if contrastive and not guide else None
             if config.augmented_elbo:
                 x = random_view(x, data.views)
-            guide = 0.0 if centres is None else config.guide * max(0.0, 1 - 2 * progress)
-            return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive, centres, guide)
+            return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive,
+                             guide, config.guide * max(0.0, 1 - 2 * progress) if guide else 0.0)
 
         tree.train_only(node)
-        title = {"start": f"start {state['start'] + 1} of {config.starts}", "grow": f"grow {node}"}.get(phase, phase)
-        train_phase(run, title, step_loss, tree, data.images if node is None else data.images[state["mask"].to(run.device)],
-                    epochs_of[phase], config.tree_batch_size if node is None else config.subtree_batch_size, config.tree_lr,
-                    "constant" if phase == "start" else config.tree_lr_decay, config.weight_decay)
-        if phase == "start":
-            next_start(run, tree)
-            continue
+        train_phase(run, phase if node is None else f"grow {node}", step_loss, tree,
+                    data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
+                    config.tree_batch_size if node is None else config.subtree_batch_size, config.tree_lr, config.tree_lr_decay,
+                    config.weight_decay)
         state["frames"].append(dict(picture_of(tree, data.images), title=f"{phase}: {len(tree.leaves)} leaves" if node is None else
                                     f"leaf {node} was split"))
         phase, node, mask, note = next_phase(tree, data.images, config, phase)
         state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=note))
-        centres = None
-        if node is not None and config.guide and config.contrastive:   # where the images of the split fall apart by themselves
-            with torch.no_grad():
-                x = data.images[mask][:5000].float() / 255
-                centres = two_means(tree.eval().features(tree.bottom_up_pass(x), node))
-                agree([centres], mean=False)
-                centres = None if centres[0].equal(centres[1]) else centres    # images all alike
-        run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), centres=centres, epoch=0, batch=0, training=None,
+        guide = make_guide(tree, data.images[mask]) if node is not None and config.guided else None
+        run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), guide=guide, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
 
 
-def next_start(run, tree):
-    """The first split decides much of the tree: a few are tried, and the one with the best ELBO and contrast goes on."""
-    state, config = run.state, run.config
-    row = state["log"][-1]
-    loss, k = config.contrastive * row.get("contrastive", 0.0) - row["elbo"], state["start"] + 1
-    if state["best"] is None or loss < state["best"]["loss"]:
-        state["best"] = dict(loss=loss, tree={name: value.clone() for name, value in tree.state_dict().items()})
-    last = k == config.starts
-    tree.load_state_dict(state["best"]["tree"] if last else build_tree(config, tree.image_shape).state_dict())
-    run.save(phase="initial" if last else "start", start=k, best=None if last else state["best"], epoch=0, batch=0, training=None,
-             tree=tree.state_dict())
+@torch.no_grad()
+def make_guide(tree, images, n=2000):
+    """Where the images of a leaf fall apart by themselves: features of n of them, and which go left; None if all are alike."""
+    x = images[torch.randperm(len(images))[:n].to(images.device)].float() / 255
+    points = tree.eval().features(tree.bottom_up_pass(x))
+    agree([points], mean=False)
+    return None if (points == points[0]).all() else [points.cpu(), normalized_cut(points)]
 
 
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
@@ -1130,6 +1123,9 @@ def parse_flags(argv):
     known = DATASETS.get(dataset, OWN)
     of_data = known.paper if preset == "paper" else known.settings
     defaults = PRESETS[preset] | of_data | (QUICK if quick else {}) | known.always
+    if typed.get("tree"):
+        defaults = asdict(load_config(typed["tree"]))
+        preset, quick = defaults["preset"], False
     return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), how
 
 
@@ -1253,6 +1249,15 @@ FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.p
                                       "leaf_*", "node_*")))                                      # what --overwrite takes away
 
 
+def taken(folder):
+    """What of another run's state its tree is: stage 2 goes on from there."""
+    state = load_state(load_config(folder))
+    if not state or state["phase"] not in ("diffusion", "done"):
+        fail(f"the tree in {folder} is not grown yet: go on with it by --resume --out {folder}")
+    log = [row for row in state["log"] if "loss" not in row]
+    return dict(phase="diffusion", log=log, **{name: state[name] for name in ("parents", "tree", "frames")})
+
+
 def begin(config, device, data, how):
     """A new run in its folder, or the one that is there as its checkpoint has it. -> Run, TreeVAE"""
     some = data.images[::1 + len(data.images) // 10000].numpy()
@@ -1264,9 +1269,12 @@ def begin(config, device, data, how):
     torch.manual_seed(config.seed)
     try:
         run = Run(config, device, state)
+        if config.tree and not state:
+            run.state.update(taken(config.tree))
         tree = build_tree(config, tuple(data.images.shape[1:]), run.state["parents"]).to(device)
+        if "tree" in run.state:
+            tree.load_state_dict(run.state["tree"])
         if state:
-            tree.load_state_dict(state["tree"])
             set_random_state(state["random"], device)
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         fail(f"no tree can be made with these settings, or the run's checkpoint does not fit them ({first_line(error)})")

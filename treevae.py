@@ -377,12 +377,13 @@ class TreeVAE(nn.Module):
         return {"elbo": reconstruction - kl_root - kl_nodes - kl_decisions, "reconstruction": reconstruction,
                 "kl_root": kl_root, "kl_nodes": kl_nodes, "kl_decisions": kl_decisions}
 
-    def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, centres=None, guide_weight=0.0):
+    def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, guide=None, guide_weight=0.0):
         """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
 
         -E[log p(x | z)] + kl_weight * (the three KL) + contrastive_weight * `contrastive_loss`, the last only if there is a
-        `view`, other looks at the same images; + guide_weight * the cross-entropy between the decision at node `below` and the
-        nearer of two `centres` of `features`. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
+        `view`, other looks at the same images; + guide_weight * the cross-entropy between the decision at node `below` and what
+        `guide` says: points of `features` (n, hidden), and which of them go left, (n,) bool; the nearest point speaks for an image.
+        The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
@@ -392,18 +393,18 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         if guide_weight > 0:
+            points, goes_left = guide
             logit = next(v.logit_q for v in visits if v.node == below)
-            left = nearer(self.features([h[:len(x)] for h in d], below), centres) == 0
+            left = goes_left[torch.cdist(self.features(d)[:len(x)], points).argmin(1)]
             loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
-    def features(self, d, node):
-        """What the contrastive loss has taught about images at a node's depth: (B, hidden), the projection head but its last layer.
+    def features(self, d):
+        """What the contrastive loss has taught about images: (B, hidden), the projection head of d_H but its last layer.
 
         The last layer spreads the images out; the one before it still has them in clusters.
         """
-        h = self.depth(node)
-        return self.heads[h][:-1](d[h])
+        return self.heads[-1][:-1](d[-1])
 
     def contrastive_loss(self, d, visits, below=None):
         """How little two views of an image agree, and how much different images do: a scalar in nats.
@@ -506,15 +507,16 @@ class TreeVAE(nn.Module):
 
     # -- growing and pruning ------------------------------------------------------------------------------------------
 
-    def next_split(self, probs, min_images):
+    def next_split(self, probs, min_images, hard=False):
         """The growth rule: which leaf to split. -> (leaf id, (N,) bool mask of its images), or None if none can be.
 
         probs: (N, n_leaves) of `leaf_probs` on the training images. A leaf has the images with P(l; c) >= min(1/#leaves,
-        1/2). Of the leaves above max_depth with at least min_images, the one with the most is split.
+        1/2). Of the leaves above max_depth with at least min_images, the one with the most is split; hard: where an image
+        counts for its most probable leaf alone, as it does in pruning. Else leaves that share images are split on and on.
         """
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
-        sizes = has.sum(0)
+        sizes = torch.bincount(probs.argmax(1), minlength=len(leaves)) if hard else has.sum(0)
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
                 return leaves[column], has[:, column]
@@ -559,25 +561,26 @@ class TreeVAE(nn.Module):
                 module.requires_grad_(True).train()
 
 
-def nearer(points, centres):
-    """The index of each point's nearest centre: (N, k), (n, k) -> (N,) long."""
-    return torch.cdist(points, centres).argmin(1)
+def normalized_cut(points, neighbours=15, least=0.15):
+    """Where points fall apart: the best cut of their nearest-neighbour graph in two (Shi and Malik 2000). (N, k) -> (N,) bool.
 
-
-def two_means(points, tries=5, steps=50):
-    """2-means by Lloyd's algorithm, the best of a few random starts: (N, k) -> the two centres, (2, k)."""
-    found = []
-    for _ in range(tries):
-        centres = points[torch.randperm(len(points), device=points.device)]
-        other = (centres != centres[0]).any(1).int().argmax()                  # the first that differs; 0 if all are alike
-        centres = torch.stack([centres[0], centres[other]])
-        for _ in range(steps):
-            near = nearer(points, centres)
-            if near.min() == near.max():                                       # all points alike
-                break
-            centres = torch.stack([points[near == k].mean(0) for k in (0, 1)])
-        found.append((torch.cdist(points, centres).amin(1).square().sum().item(), centres))
-    return min(found, key=lambda one: one[0])[1]
+    The graph joins each point with its `neighbours` nearest. Of the cuts along the second eigenvector of its normalised
+    Laplacian, the one with the smallest cut / weight of one side + cut / weight of the other; `least`: share of the smaller side.
+    """
+    points = points.cpu().double()
+    distance = torch.cdist(points, points).fill_diagonal_(math.inf)
+    near = distance.topk(min(neighbours, len(points) - 1), largest=False).indices
+    graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
+    graph = graph + graph.T
+    degree = graph.sum(1)
+    second = torch.linalg.eigh(graph / (degree[:, None] * degree).sqrt()).eigenvectors[:, -2] / degree.sqrt()
+    order = second.argsort()
+    graph, weight = graph[order][:, order], degree[order].cumsum(0)            # weight[i] of the points up to i
+    cut = weight - 2 * graph.tril().sum(1).cumsum(0)                           # from those to the others
+    cost = (cut / weight + cut / (weight[-1] - weight))[:-1]
+    low = int(least * len(points))
+    size = 1 + low + cost[low:len(cost) - low].argmin()
+    return torch.zeros(len(points), dtype=torch.bool).index_fill(0, order[:size], True)
 
 
 def nt_xent(a, temperature, log_weight=None):

@@ -17,7 +17,7 @@ import torch
 import sample
 import train
 
-TINY = ("--quick --device cpu --preset tiny --max-leaves 3 --max-depth 2 --starts 2 --start-epochs 1 --initial-epochs 1 "
+TINY = ("--quick --device cpu --preset tiny --max-leaves 3 --max-depth 2 --initial-epochs 1 "
         "--subtree-epochs 1 --intermediate-epochs 0 --finetune-epochs 1 --tree-batch-size 16 --subtree-batch-size 16 "
         "--bottom-up-channels 8 --tree-width 2 --unet-channels 4 --unet-multipliers 1,2 --diffusion-batch-size 16").split()
 
@@ -279,7 +279,7 @@ def test_a_disk_that_fills_up_while_torch_writes_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"] and (tmp_path / "x.pt").read_text() == "before"
 
 
-@pytest.mark.parametrize("phase, flag", [("start", "--tree-batch-size"), ("grow", "--subtree-batch-size"),
+@pytest.mark.parametrize("phase, flag", [("initial", "--tree-batch-size"), ("grow", "--subtree-batch-size"),
                                          ("diffusion", "--diffusion-batch-size")])
 def test_out_of_memory_names_the_setting_to_halve(images, tmp_path, monkeypatch, capsys, phase, flag):
     train_phase = train.train_phase
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_its_state(images, 
         return total, terms
     monkeypatch.setattr(train.TreeVAE, "loss", broken)
     error = refused(capsys, *TINY, "--dataset", images, "--out", tmp_path / "run")
-    assert f"start 2 of 2, epoch 1, step 3: {'kl_root' if what == 'a term' else what} is not a number" in error
+    assert f"initial, epoch 1, step 3: {'kl_root' if what == 'a term' else what} is not a number" in error
     state = train.read_saved(tmp_path / "run" / "checkpoint.pt")
     assert state["batch"] == 2 and all(value.isfinite().all() for value in state["training"]["network"].values())
 

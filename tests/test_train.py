@@ -39,7 +39,7 @@ def test_a_run_leaves_all_its_files(finished):
     assert not any(name.endswith(".part") for name in names)
     header, *rows = (finished / "log.csv").read_text().splitlines()
     assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,contrastive,leaf_shares,note")
-    assert [row.split(",")[1] for row in rows][:5] == ["start", "start", "initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
+    assert [row.split(",")[1] for row in rows][:3] == ["initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
 def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
@@ -141,7 +141,7 @@ def test_every_preset_builds_its_networks():
 def test_appendix_d_in_colour():
     config, _ = train.parse_flags(["--preset", "paper", "--dataset", "cifar10"])
     assert (config.encoder, config.latent_channels, config.bottom_up_channels, config.representation_dim) == ("resnet", 64, 128, 4)
-    assert (config.contrastive, config.contrastive_later, config.starts, config.guide, config.augmented_elbo) == (100, 1, 0, 0, True)
+    assert (config.contrastive, config.contrastive_later, config.guide, config.augmented_elbo) == (100, 1, 0, True)
     assert (config.intermediate_epochs, config.finetune_epochs, config.kl_start, config.kl_per_epoch) == (0, 0, 0.01, 0.01)
     assert (config.unet_channels, config.unet_attention) == (128, "16,8")
     assert train.parse_flags(["--dataset", "shapes-rgb", "--preset", "tiny"])[0].initial_epochs == 15
@@ -204,24 +204,6 @@ def test_phases_follow_the_algorithm(monkeypatch):
         assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
     assert seen == ["grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
     assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
-
-
-def test_the_start_with_the_lowest_loss_goes_on(tmp_path, monkeypatch):
-    config = train.Config(out=str(tmp_path), starts=3, start_epochs=1, contrastive=100.0, diffusion_epochs=0)
-    tree, data = train.build_tree(config, (1, 28, 28)), train.load_data(config)
-    trained, elbos, contrasts = [], [-300.0, -200.0, -199.0], [7.0, 7.0, 7.1]  # losses 1000, 900 and 909
-    def train_phase(run, title, step_loss, tree, *rest):
-        if not title.startswith("start"):
-            raise StopIteration
-        k = len(trained)
-        assert title == f"start {k + 1} of 3"
-        trained.append(tree.encoder[0][0].weight.clone())
-        run.state["log"].append(dict(elbo=elbos[k], contrastive=contrasts[k]))
-    monkeypatch.setattr(train, "train_phase", train_phase)
-    with pytest.raises(StopIteration):
-        train.train_tree(train.Run(config, torch.device("cpu")), tree, data)
-    assert len(trained) == 3 and not torch.equal(trained[0], trained[1])        # each a new tree
-    assert torch.equal(tree.encoder[0][0].weight, trained[1])
 
 
 def test_ema_warms_up():

@@ -363,26 +363,60 @@ def test_contrastive_loss_is_over_the_routers_and_all_depths():
     assert tree.contrastive_loss(d, visits).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_two_means_and_the_guide():
+def cost_of_cut(points, left, neighbours):
+    """Shi and Malik's cost of a cut, by loops over all pairs: cut / weight of one side + cut / weight of the other."""
+    n, cut, weight = len(points), 0.0, {True: 0.0, False: 0.0}
+    near = [sorted(range(n), key=lambda j: ((points[i] - points[j]).norm().item() if j != i else math.inf))[:neighbours] for i in range(n)]
+    for i in range(n):
+        for j in range(n):
+            edge = (j in near[i]) + (i in near[j])
+            weight[bool(left[i])] += edge
+            cut += edge * bool(left[i] and not left[j])
+    return cut / max(weight[True], 1e-9) + cut / max(weight[False], 1e-9)
+
+
+def test_the_best_cut_of_a_graph():
     torch.manual_seed(0)
-    blobs = torch.cat([torch.randn(50, 3) * 0.1 + 1, torch.randn(30, 3) * 0.1 - 1])
-    centres = treevae.two_means(blobs)
-    near = treevae.nearer(blobs, centres)
-    assert (near[:50] == near[0]).all() and (near[50:] == 1 - near[0]).all()
-    assert torch.allclose(centres[near[0]], blobs[:50].mean(0), atol=1e-5)
-    assert treevae.two_means(torch.ones(8, 3)).shape == (2, 3)                  # all alike: no centre is NaN
-    twins = torch.cat([torch.zeros(990, 3), torch.ones(10, 3)])
-    assert sorted(treevae.two_means(twins).sum(1).tolist()) == [0, 3]           # many alike: still the two that there are
+    angle = 2 * math.pi * torch.rand(400)
+    rings = torch.stack([angle.cos(), angle.sin()], 1) * torch.where(torch.arange(400) < 250, 1.0, 3.0)[:, None]
+    cut = treevae.normalized_cut(rings)
+    assert cut[:250].float().mean() in (0, 1) and (cut[250:] != cut[0]).all()   # one within the other: no line divides them
+    points = torch.cat([torch.randn(7, 2), torch.randn(5, 2) + torch.tensor([2.5, 0.0])])
+    found = cost_of_cut(points, treevae.normalized_cut(points, 4), 4)
+    all_cuts = [[bool(k >> i & 1) for i in range(12)] for k in range(1, 2 ** 11)]
+    best = min(cost_of_cut(points, left, 4) for left in all_cuts if 2 <= sum(left) <= 10)
+    assert found == pytest.approx(best, rel=1e-9)
+    skewed = torch.cat([torch.randn(95, 2) * 0.1, torch.randn(5, 2) * 0.1 + 9])
+    assert 15 <= treevae.normalized_cut(skewed).sum() <= 85                     # 5 points alone would be a leaf of next to nothing
+    assert treevae.normalized_cut(torch.rand(2, 3)).sum() == 1
+
+
+def test_the_guide_is_a_cross_entropy():
     tree, x = make_tree((-1, 0, 0), contrastive=True), images(8)
-    centres = treevae.two_means(tree.features(tree.bottom_up_pass(x), 0).detach())
+    d = tree.bottom_up_pass(x)
+    points, goes_left = tree.features(d).detach()[:4] + 1e-3, torch.tensor([True, False, False, True])
     losses = []
     for weight in (0.0, 2.0):
         torch.manual_seed(1)
-        losses.append(tree.loss(x, below=0, centres=centres, guide_weight=weight)[0].item())
-    d = tree.bottom_up_pass(x)
-    left = treevae.nearer(tree.features(d, 0), centres) == 0
-    q = torch.where(left, tree.nodes[0].router_q(d[0]).sigmoid(), (-tree.nodes[0].router_q(d[0])).sigmoid())
-    assert losses[1] - losses[0] == pytest.approx(-2 * q.log().mean().item(), rel=1e-3)
+        losses.append(tree.loss(x, below=0, guide=(points, goes_left), guide_weight=weight)[0].item())
+    logit, total = tree.nodes[0].router_q(d[0]), 0.0
+    for feature, one in zip(tree.features(d), logit):
+        left = goes_left[min(range(4), key=lambda k: (feature - points[k]).norm().item())]
+        total -= torch.log(one.sigmoid() if left else 1 - one.sigmoid()).item()
+    assert losses[1] - losses[0] == pytest.approx(2 * total / 8, rel=1e-3)
+
+
+def test_a_tree_may_start_as_its_root():
+    """The root alone is a plain VAE; its split gives the tree of a root and two leaves."""
+    tree, x = make_tree((-1,), contrastive=True), images(3)
+    terms = tree.elbo(x)
+    assert torch.equal(tree.leaf_probs(x), torch.ones(3, 1)) and not terms["kl_nodes"].any() and not terms["kl_decisions"].any()
+    path = tree.infer_path(x, torch.zeros(3, dtype=torch.long))
+    assert path.nodes.tolist() == [[0]] * 3 and tree.decode(tree.sample_path(2)).shape == (2, 1, 16, 16)
+    assert tree.grow(0) == [1, 2] and tree.nodes[0].decoder is None
+    tree.train_only(0)
+    tree.loss(x, below=0)[0].backward()
+    assert tree.nodes[0].evidence.linear.weight.grad is None and tree.nodes[1].evidence.linear.weight.grad is not None
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
