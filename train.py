@@ -4,6 +4,7 @@
     python train.py --dataset fashion      Fashion-MNIST, downloaded through torchvision into --data-root
     python train.py --dataset fashion --resume      goes on where it stopped, whatever stopped it
     python train.py --dataset ~/pictures/birds      your own images: a folder of them, or an .npz
+    python train.py --tree runs/fashion --condition none --out runs/none      stage 2 alone, on another run's tree
     torchrun --nproc_per_node=2 train.py ...        the same on two GPUs: each has its part of every batch
 
 Everything lands in runs/<dataset> (or --out): config.json, log.csv, tree.pt, diffusion.pt, checkpoint.pt, curves.png and
@@ -1062,7 +1063,7 @@ def save_figure(figure, path):
 def draw_training(run, words=None):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-    rows = [row for row in run.state["log"] if "elbo" in row and row["phase"] != "start"]
+    rows = [row for row in run.state["log"] if "elbo" in row]
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
         for name in names:                                             # while a split trains its terms are those of one branch
             ax.plot([math.nan if row["phase"] == "grow" else row[name] for row in rows], ".-", label=name)
@@ -1255,7 +1256,7 @@ def taken(folder):
     if not state or state["phase"] not in ("diffusion", "done"):
         fail(f"the tree in {folder} is not grown yet: go on with it by --resume --out {folder}")
     log = [row for row in state["log"] if "loss" not in row]
-    return dict(phase="diffusion", log=log, **{name: state[name] for name in ("parents", "tree", "frames")})
+    return dict(phase="diffusion", node=None, log=log, **{name: state[name] for name in ("parents", "tree", "frames")})
 
 
 def begin(config, device, data, how):

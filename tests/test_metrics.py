@@ -306,6 +306,21 @@ def test_all_numbers_of_a_run(tmp_path, data, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "classifier-shapes-small.pt"}
 
 
+def test_denoising_loss_by_time(tmp_path, data, monkeypatch):
+    painter, asked = sample.Painter(make_run(tmp_path / "a", data, timesteps=25), "cpu", 2, 0.0), []
+    def zero(x, t, y):
+        asked.append(t)
+        return torch.zeros_like(x)
+    monkeypatch.setattr(train, "conditioned", lambda *args: (zero, None))
+    found = metrics.denoising_loss(painter, data.test_images)
+    names = ["denoising loss, all t"] + [f"denoising loss, t in {5 * b // 2}..{5 * (b + 1) // 2 - 1}" for b in range(10)]
+    assert list(found) == names and found[names[0]] == pytest.approx(sum(found[name] for name in names[1:]) / 10)
+    assert all(value == pytest.approx(1, abs=0.02) for value in found.values())                  # E eps^2
+    assert [(t.min().item(), t.max().item()) for t in asked] == [(5 * b // 2, (5 * (b + 1) + 1) // 2 - 1) for b in range(10)]
+    other = [loss for name, loss in metrics.denoising_loss(painter, data.test_images, seed=1).items()]
+    assert metrics.denoising_loss(painter, data.test_images) == found and other != list(found.values())
+
+
 def test_what_is_known_is_used_again_until_something_changes(tmp_path, data, monkeypatch):
     folder, titles = make_run(tmp_path / "a", data), []
     watch = train.Run.watch
@@ -318,6 +333,7 @@ def test_what_is_known_is_used_again_until_something_changes(tmp_path, data, mon
     assert parts() == ["ELBO", "classifier", *images] and parts() == []
     first = numbers_of(folder)
     assert parts("--ll-samples", "2") == ["log"] and parts() == [] and numbers_of(folder).items() >= first.items()
+    assert "denoising loss, t in 900..999" in first
     assert parts("--seed", "3") == ["ELBO", *images] and numbers_of(folder)["elbo"] != first["elbo"]
     assert parts() == ["ELBO", *images] and numbers_of(folder) == first
     make_run(tmp_path / "b", data, seed=2)

@@ -42,6 +42,26 @@ def test_a_run_leaves_all_its_files(finished):
     assert [row.split(",")[1] for row in rows][:3] == ["initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
 
 
+def test_stage_2_on_the_tree_of_another_run(finished, tmp_path, capsys):
+    train.main(["--tree", str(finished), "--condition", "none", "--with-reconstruction", "--out", str(tmp_path / "other"), "--device", "cpu"])
+    assert "grow" not in capsys.readouterr().out
+    trees = [torch.load(folder / "tree.pt") for folder in (finished, tmp_path / "other")]
+    assert trees[0]["parents"] == trees[1]["parents"]
+    assert all(torch.equal(value, trees[1]["state_dict"][name]) for name, value in trees[0]["state_dict"].items())
+    configs = [train.load_config(folder) for folder in (finished, tmp_path / "other")]
+    assert configs[1].seed == configs[0].seed and configs[1].max_images == 192 and configs[1].condition == "none"
+    assert len(train.load_state(configs[1])["frames"]) == len(train.load_state(configs[0])["frames"])
+    state = train.load_state(configs[0]) | dict(phase="grow")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text((finished / "config.json").read_text())
+    torch.save(state, tmp_path / "half" / "checkpoint.pt")
+    for folder, words in ((tmp_path / "half", "is not grown yet"), (tmp_path / "nothing", "there is no run")):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--tree", str(folder), "--out", str(tmp_path / "new"), "--device", "cpu"])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
     monkeypatch.setitem(metrics.RECIPES, "small", (1, 3e-3))
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
@@ -185,7 +205,7 @@ def test_a_view_is_a_part_of_its_image():
 # -- the algorithm of stage 1 -----------------------------------------------------------------------------------------
 
 def test_phases_follow_the_algorithm(monkeypatch):
-    """initial, three splits, intermediate, ..., prune, finetune, diffusion; leaves that pruning will take do not count."""
+    """initial, the root's split, three more, intermediate, ..., prune, finetune, diffusion; leaves that pruning will take do not count."""
     config = train.Config(max_leaves=5, max_depth=4, tree_batch_size=10, intermediate_epochs=1)
     tree = train.build_tree(config, (1, 28, 28))
     images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
@@ -200,9 +220,9 @@ def test_phases_follow_the_algorithm(monkeypatch):
     while phase != "diffusion":
         phase, node, mask, note = train.next_phase(tree, images, config, phase)
         seen.append(phase)
-        assert phase != "grow" or f"leaf {node} has the most images, {mask.sum()}" in note
+        assert phase != "grow" or (f"leaf {node} has the most images, {mask.sum()}" if node else "the root's split") in note
         assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
-    assert seen == ["grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
+    assert seen == ["grow", "grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
     assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
 
 

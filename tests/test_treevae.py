@@ -300,6 +300,12 @@ def test_growth_rule_on_hand_made_probabilities():
     assert leaf == 3 and mask.sum() == 12
     leaf, mask = deeper.next_split(torch.tensor([[0.34, 0.33, 0.33], [0.3, 0.2, 0.5]]), min_images=1)
     assert leaf == 1 and mask.tolist() == [True, False]                        # the threshold is 1/3 here
+    shared = torch.tensor([[0.6, 0.4, 0.0]] * 2 + [[0.5, 0.1, 0.4]] + [[0.0, 0.6, 0.4]] * 4)
+    leaf, mask = deeper.next_split(shared, min_images=1)
+    assert leaf == 3 and mask.sum() == 6                                       # it has a share of six images,
+    assert deeper.next_split(shared, 1, hard=True)[0] == 3                     # and is the most probable leaf of four
+    shared = torch.tensor([[0.55, 0.45, 0.0]] * 4 + [[0.0, 0.6, 0.4]] * 3)
+    assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 1, hard=True)[0] == 1
 
 
 def test_pruning_rule():
