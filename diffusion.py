@@ -7,8 +7,8 @@ starting from pure noise, what it predicts is taken out step by step. The condit
 `path_encoder.PathEncoder`, is added to the U-Net's embedding of the time: it tells the net which cluster to draw.
 
 In: images (B, C, H, W) in [-1, 1], y (B, emb) or None. Out: the same kind of images.
-Times: t is a (B,) long tensor in 0..T-1. The paper counts 1..T, so its beta_t, alpha_t, abar_t are `beta[t]`, `alpha[t]`,
-`abar[t]` at our t = its t - 1; abar before the first step is 1 in both.
+Times: t is a (B,) long tensor in 0..T-1. The paper counts 1..T, so its beta_t, alpha_t, abar_t are our `beta[t - 1]`,
+`alpha[t - 1]`, `abar[t - 1]`; abar before the first step is 1 in both.
 
 Read `Diffusion` first (each method is an equation or two), then `UNet` from its forward pass.
 """
@@ -62,10 +62,11 @@ class Diffusion(nn.Module):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, net, x0, y=None, t=None, eps=None):
-        """L_simple, eq. (30) a pixel, for one random time and noise an image (or the given ones): a scalar.
+        """L_simple, eq. (30), averaged over the pixels; one random t and one random eps for each image, unless given: a scalar.
 
-        Eq. (30) is eq. (29) with its factor left out: the distance between mu~ and mu_psi is a multiple of the one
-        between eps and eps_psi, so predicting the noise is the same as predicting the mean of x_{t-1}, and trains better.
+        Put x_0 of eq. (5) into eq. (26): mu~ = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t), so that in eq. (29)
+        |mu~ - mu_psi|^2 = beta_t^2 / (alpha_t (1 - abar_t)) |eps - eps_psi|^2. Eq. (30) leaves that factor and 1 / (2 sigma_t^2)
+        out: the best prediction at each t stays the same, only the times are weighted differently, which trains better.
         """
         if t is None:
             t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
@@ -78,8 +79,8 @@ class Diffusion(nn.Module):
     def predict(self, net, xt, t, y, clip):
         """The net's guess of the image, x0^ = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), and the eps that goes with it.
 
-        Images live in [-1, 1], so x0^ is clipped to it, and eps is then what turns this x0^ into x_t: otherwise the two
-        would contradict each other and the error would be carried to the next step.
+        Images live in [-1, 1], so x0^ is clipped to it; eps is then computed anew, so that x_t = sqrt(abar_t) x0^ +
+        sqrt(1 - abar_t) eps still holds: DDIM makes x_prev of this pair (DDPM of x0^ alone).
         """
         eps = net(xt, t, y).float()
         signal, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
@@ -93,8 +94,8 @@ class Diffusion(nn.Module):
     def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
         """Ancestral sampling, eqs. (6), (27), (28): T steps from noise to images of the given shape (B, C, H, W).
 
-        mu_psi of eq. (28) is mu~ of eq. (26) at x0^ (exactly, where x0^ is not clipped), so the posterior serves; sigma_t^2: "posterior" is beta~_t,
-        "beta" is beta_t. x_T: the noise to start from, drawn if None. ValueError for another variance.
+        The mean is mu~ of eq. (26) with x0^ for x_0; where x0^ is not clipped that is exactly mu_psi of eq. (28). sigma_t^2:
+        "posterior" is beta~_t, "beta" is beta_t. x_T: the noise to start from, drawn if None. ValueError for another variance.
         """
         if variance not in ("posterior", "beta"):
             raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
@@ -105,51 +106,57 @@ class Diffusion(nn.Module):
             mean, var = self.posterior(x0, x, t)
             if variance == "beta":
                 var = per_image(self.beta, t)
-            x = mean + var.sqrt() * torch.randn_like(x) if step > 0 else mean   # the last step is not noised
+            x = mean + var.sqrt() * torch.randn_like(x) if step > 0 else mean   # abar_prev = 1: the last mean is x0^ itself
         return x
 
     def ddim_times(self, steps, spacing="quadratic"):
         """The increasing subsequence tau of times that DDIM visits, as our t in 0..T-1.
 
         "linear": tau_i = i T / S; "quadratic": tau_i = 0.8 T (i / S)^2, denser where the image is nearly clean; i = 1..S.
-        Times are rounded up; small quadratic ones that coincide are visited once. The quadratic one starts from noise at
-        0.8 T, where sqrt(abar) = 0.04 and x_T is noise but for that. ValueError outside 1..T steps.
+        Song et al., appendix D.2. Times are rounded up; small quadratic ones that coincide are visited once. The quadratic one starts
+        at 0.8 T, where sqrt(abar) = 0.04 is left of the image: noise is as good. ValueError outside 1..T steps, or for another spacing.
         """
         if not 1 <= steps <= self.timesteps or spacing not in ("linear", "quadratic"):
             raise ValueError(f"steps must be in 1..{self.timesteps} and spacing linear or quadratic, not {steps}, {spacing!r}")
         i = torch.arange(1, steps + 1, dtype=torch.float64) / steps
         tau = self.timesteps * (i if spacing == "linear" else 0.8 * i ** 2)
-        return (tau - 1e-6).ceil().long().clamp(min=1).unique().sub(1).tolist()
+        return (tau - 1e-6).ceil().long().clamp(min=1).unique().sub(1).tolist()    # 8.000000001 is 8
 
     @torch.no_grad()
     def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic", x_T=None, clip=True, seen=None):
-        """DDIM (Song et al. 2020, eq. 12): `steps` jumps from noise to images of the given shape (B, C, H, W).
+        """DDIM (Song et al. 2020): `steps` jumps, fewer where times coincide, from noise to images of the given shape (B, C, H, W).
 
-        eta = 0: no noise on the way, the image is a function of x_T; eta = 1, linear, T steps: DDPM. The net is trained on
-        all T times and is asked at the original t of each jump. seen: a list to which each jump adds (t, x_t, x0^).
+        eta = 0: no noise on the way, the image is a function of x_T; eta = 1, linear, T steps: DDPM with variance "posterior".
+        The net is asked at the time t it jumps from, not at the jump's number. seen: a list to which each jump adds (t, x_t, x0^).
         """
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
-        times = self.ddim_times(steps, spacing)
-        for step, prev in zip(times[::-1], times[-2::-1] + [None]):
-            t = torch.full((len(x),), step, device=x.device)
+        times = self.ddim_times(steps, spacing)[::-1]
+        for time, prev in zip(times, times[1:] + [None]):
+            t = torch.full((len(x),), time, device=x.device)
             x0, eps = self.predict(net, x, t, y, clip)
             if seen is not None:
-                seen.append((step, x, x0))
+                seen.append((time, x, x0))
             if prev is None:                                       # the last jump lands on abar = 1: the image itself
                 return x0
-            mean, s = self.ddim_jump(x0, eps, step, prev, eta)
+            mean, s = self.ddim_jump(x0, eps, time, prev, eta)
             x = mean + s * torch.randn_like(x) if eta > 0 else mean
 
-    def ddim_jump(self, x0, eps, step, prev, eta):
-        """One DDIM jump from time `step` to `prev`: the mean (B, C, H, W) and standard deviation of x_prev."""
-        s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[step] * (1 - self.abar[step] / self.abar[prev])).sqrt()
+    def ddim_jump(self, x0, eps, time, prev, eta):
+        """One DDIM jump from `time` to `prev`: the mean (B, C, H, W) and standard deviation s of x_prev.
+
+        x_prev = sqrt(abar_prev) x0^ + sqrt(1 - abar_prev - s^2) eps + s noise, Song et al.'s eq. (12), and by their eq. (16) s = eta
+        sqrt((1 - abar_prev) / (1 - abar_t)) sqrt(1 - abar_t / abar_prev); their alpha is our abar. For neighbouring times and
+        eta = 1, s^2 is beta~_t.
+        """
+        s = eta * (self.one_minus_abar[prev] / self.one_minus_abar[time] * (1 - self.abar[time] / self.abar[prev])).sqrt()
         return self.abar[prev].sqrt() * x0 + (self.one_minus_abar[prev] - s ** 2).clamp(min=0).sqrt() * eps, s
 
 
 def guided(net, weight):
     """Classifier-free guidance (Ho and Salimans 2022): a net that returns (1 + w) eps(x_t, t, y) - w eps(x_t, t, no y).
 
-    It overdoes what y asks for, if the net was trained with y dropped, set to 0, now and then. Weight 0: the net itself.
+    "No y" is y = 0: it overdoes what y asks for, if in training the y of some images was set to 0 (--drop-condition; not in
+    `loss`). Weight 0: the net itself.
     """
     def steered(x, t, y):
         with_y, without = net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.zeros_like(y)])).float().chunk(2)
@@ -158,7 +165,10 @@ def guided(net, weight):
 
 
 def beside(net, image):
-    """A net whose input is x_t with another image (B, C, H, W) in [-1, 1] in further channels: the tree's reconstruction."""
+    """A net that also sees an image (B, C, H, W) in [-1, 1], the tree's reconstruction (section 4.1): a UNet with extra = C.
+
+    It may be asked for several x_t of each image, as by guided(beside(net, image), w).
+    """
     def both(x, t, y):
         return net(torch.cat([x, image.repeat(len(x) // len(image), 1, 1, 1)], 1), t, y)
     return both
@@ -183,27 +193,27 @@ def zero(module):
 
 
 def norm(c):
-    """Group norm with at least 8 channels a group, so that it keeps what they say of each other.
+    """Group norm with at least 8 channels a group (at most 32 groups), so that a group's channels keep their relative sizes.
 
     One channel a group would be instance norm, which forgets how bright the image and how strong the noise is: with it, samples
     of small U-Nets came out on grey backgrounds and with noise left in them.
     """
-    return nn.GroupNorm(math.gcd(32, max(1, c // 8)), c)
+    return nn.GroupNorm(math.gcd(32, c, max(1, c // 8)), c)
 
 
 class ResBlock(nn.Module):
     """x + conv(conv(x)), with the embedding of time and path as scale and shift after the second norm."""
 
-    def __init__(self, c_in, c_out, emb, dropout):
+    def __init__(self, c_in, c_out, emb_dim, dropout):
         super().__init__()
         self.conv1 = nn.Sequential(norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out))
+        self.scale_shift = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * c_out))
         self.norm2 = norm(c_out)
         self.conv2 = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb):
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, 1)           # emb: (B, emb_dim)
         return self.skip(x) + self.conv2(self.norm2(self.conv1(x)) * (1 + scale) + shift)
 
 
@@ -225,10 +235,12 @@ class UNet(nn.Module):
     """eps_psi(x_t, t, y): (B, C, H, W), (B,), (B, emb_dim) or None -> (B, C, H, W).
 
     One scale for each multiplier, half the side each time; `blocks` residual blocks a scale; self-attention where the
-    feature map's side is in `attention`, and in the middle. Images whose side does not halve that often are zero-padded
-    around (28 -> 32 for four scales) and cut back. extra: further channels of the input, see `beside`. Beyond the paper, x_t is added to the output with a gain that depends on t and
-    y and starts at 0: all else passes group norms and cannot tell how strong the noise is, so that without it a small net given
-    10% more noise predicted 1% more, and DDIM left the difference in the image.
+    feature map's side is in `attention`, and in the middle. Square images, whose side, if it does not halve that often, is
+    zero-padded (28 -> 32 for four scales) and cut back. extra: further channels of the input, after those of x_t, see `beside`.
+
+    Beyond the paper, x_t itself joins the output, eps_psi = h + (g . SiLU(emb)) x_t with g learnt from 0 on: h has passed group
+    norms and cannot tell how strong the noise is. Without it a small net given 10% more noise predicted 1% more, and DDIM left the
+    difference in the image.
     """
 
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3, extra=0):
@@ -243,7 +255,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, self.emb_dim), nn.SiLU(), nn.Linear(self.emb_dim, self.emb_dim))
         self.first = nn.Conv2d(c_image + extra, channels, 3, padding=1)
 
-        def stage(c_in, c_out):
+        def stage(c_in, c_out, side):
             layers = [ResBlock(c_in, c_out, self.emb_dim, dropout)]
             return nn.ModuleList(layers + [Attention(c_out)] * (side in attention))
 
@@ -251,7 +263,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for k, m in enumerate(multipliers):
             for _ in range(blocks):
-                self.down.append(stage(c, m * channels))
+                self.down.append(stage(c, m * channels, side))
                 c = m * channels
                 skips.append(c)
             if k < len(multipliers) - 1:
@@ -262,7 +274,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for k, m in reversed(list(enumerate(multipliers))):
             for b in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), m * channels))
+                self.up.append(stage(c + skips.pop(), m * channels, side))
                 c = m * channels
                 if b == blocks and k > 0:
                     self.up[-1].extend([nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)])
@@ -285,7 +297,7 @@ class UNet(nn.Module):
         h = self.last(h).float()
         h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
         gain = (F.silu(emb.float()) * self.gain).sum(1)                # (B,)
-        return h + gain.view(-1, 1, 1, 1) * x[:, :h.shape[1]]
+        return h + gain.view(-1, 1, 1, 1) * x[:, :h.shape[1]]          # without what is beside x_t
 
 
 def run(layers, h, emb):
@@ -300,11 +312,10 @@ if __name__ == "__main__":
     diffusion, images = Diffusion(), torch.stack([torch.eye(8), torch.eye(8).flip(0)])[:, None] * 1.8 - 0.9
     print("Forward, eq. (5): what is left of the image and how much noise there is at the paper's t = 1, 250, 500, 750, 1000:")
     for t in (0, 249, 499, 749, 999):
-        print(f"  t {t:3d}: sqrt(abar) {diffusion.abar[t].sqrt():.3f}, sqrt(1 - abar) {(1 - diffusion.abar[t]).sqrt():.3f}")
+        print(f"  t {t + 1:4d}: sqrt(abar) {diffusion.abar[t].sqrt():.3f}, sqrt(1 - abar) {diffusion.one_minus_abar[t].sqrt():.3f}")
     net = UNet((1, 8, 8), channels=16, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
     y_of = nn.Embedding(2, net.emb_dim)                            # stands for the path encoder: one y for each of two images
-    x0 = images[torch.tensor([0, 1])]
-    t, eps = torch.tensor([100, 700]), torch.randn_like(x0)
+    x0, t, eps = images, torch.tensor([100, 700]), torch.randn_like(images)
     xt = diffusion.add_noise(x0, t, eps)
     mean, var = diffusion.posterior(x0, xt, t)
     print(f"\nShapes: x_t {tuple(xt.shape)}, t {tuple(t.shape)}, y {tuple(y_of(torch.tensor([0, 1])).shape)} -> eps {tuple(net(xt, t).shape)};"

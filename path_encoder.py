@@ -3,14 +3,15 @@
 This is section 3.2 of the paper. Stage 1 turns an image into a path, the latents z_i of the nodes from the root to one
 leaf; the path encoder turns the path into one conditioning vector,
 
-    y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ],
+    y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ]        (no number in the paper; P_l: the nodes from the root to leaf l),
 
 which the U-Net adds to its embedding of the time. f_z says what the image looks like at each level of the hierarchy,
 f_id which nodes it went through, and so which cluster it belongs to. It is trained with the U-Net, on its loss.
 
-In: z (B, D, latent_channels, r, r) and nodes (B, D), the two fields of `treevae.Path`. Out: y (B, emb_dim).
+In: z (B, D, latent_channels, r, r) and nodes (B, D), the two fields of `treevae.Path`; D is the number of nodes of the tree's
+longest path, and shorter ones are padded with node -1. Out: y (B, emb_dim).
 
-The paper's ablation (Tables 1-3) tells the U-Net less: only the leaf's z, only its index, both, or nothing.
+The paper's ablation (section 4.3, Table 3) tells the U-Net less: only the leaf's z, only its index, both, or nothing.
 """
 
 import torch
@@ -26,12 +27,12 @@ SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 
 class PathEncoder(nn.Module):
-    """y of section 3.2. latent_shape: (C, r, r); n_nodes: how many ids there are, pruned ones included; emb_dim: of y.
+    """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: how many ids there are, pruned ones included; emb_dim: of y.
 
     signal: what y is made of: "path" (the paper), "leaf" (its z and index), "leaf-index", "leaf-latent", "none" (y is None).
 
     A node's index enters f_id one-hot: ids are names, not quantities, and nothing makes node 7 more than node 3. The
-    first linear layer of a one-hot vector is a table look-up, which is what `nn.Embedding` is (without a bias).
+    first linear layer of a one-hot vector is a table look-up, which is what `nn.Embedding` is (without a bias), so f_id has two, too.
     """
 
     def __init__(self, latent_shape, n_nodes, emb_dim, signal="path"):
@@ -45,21 +46,21 @@ class PathEncoder(nn.Module):
             self.f_id = nn.Sequential(nn.Embedding(n_nodes, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
     def forward(self, z, nodes):
-        """z (B, D, C, r, r), nodes (B, D) long with -1 where a path is padded -> y (B, emb_dim), or None.
+        """z (B, D, latent_channels, r, r), nodes (B, D) long with -1 where a path is padded -> y (B, emb_dim), or None.
 
         A sum: neither the order of the nodes nor the padding matters.
         """
         if self.signal == "none":
             return None
         if self.signal != "path":                                             # ids rise along a path: the leaf's is the largest
-            leaf = nodes.argmax(1, keepdim=True)
-            nodes, z = nodes.gather(1, leaf), z.flatten(2).take_along_dim(leaf[:, :, None], 1)
-        parts = 0.0                                                           # (B, D, emb_dim)
+            last = nodes.argmax(1, keepdim=True)                              # (B, 1): where on the path it is; then D = 1
+            nodes, z = nodes.gather(1, last), z.flatten(2).take_along_dim(last[:, :, None], 1)
+        parts = 0.0
         if self.signal != "leaf-index":
             parts = parts + self.f_z(z.flatten(2))
         if self.signal != "leaf-latent":
             parts = parts + self.f_id(nodes.clamp(min=0))
-        return (parts * (nodes >= 0).unsqueeze(2)).sum(1)
+        return (parts * (nodes >= 0).unsqueeze(2)).sum(1)                     # parts: (B, D, emb_dim)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 This is stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper, equations (1), (2) and (7)-(21); the text has no (19).
 
-An image x walks from the root to a leaf. At each internal node a *router* says how likely it goes left, so every leaf l
-is reached with a probability P(l; c); the leaves are the clusters. Each node i on the way carries a latent map z_i, and
-each leaf has a decoder of its own, which draws the image from z_l.
+An image x walks from the root to a leaf. At each internal node a *router* decides, c_i = 0: left, or 1: right, so every
+node i is reached with a probability P(i; c), the product of q(c_j | x) over the decisions on its way. The leaves are the
+clusters. Each node carries a latent map z_i, and each leaf has a decoder of its own, which draws the image from z_l.
 
-          inference, bottom-up                  generation, top-down
+          inference: d upwards, then z down     generation, top-down
           x --encoder--> d_H -> ... -> d_0      z_0 ~ N(0, I)                           eqs. (12); (7)
           d_0 -> q(z_0 | x), q(c_0 | x)         router p(c_0 | z_0)                     eqs. (16), (18); (9)
           d_1 -> q(z_1 | z_0, x), ...           transformations z_0 -> z_1, z_0 -> z_2  eqs. (13)-(15), (17); (8)
@@ -48,8 +48,8 @@ class Gaussian(NamedTuple):
         return 0.5 * (ratio - 1 + other.var.log() - self.var.log()).flatten(1).sum(1)
 
     def times(self, other):
-        """The product of two normal densities, normalised: eq. (15) with its fractions cleared, so that no variance near
-        0 is divided by. The share of `self` in the mean is its share of the precision.
+        """The product of two normal densities, normalised: eq. (15) with its fractions cleared, so that only the sum of the
+        variances is divided by. Each counts by its precision: what the image says, and what the parent does.
         """
         share = other.var / (self.var + other.var)
         return Gaussian(share * self.mu + (1 - share) * other.mu, share * self.var)
@@ -60,7 +60,7 @@ class Path(NamedTuple):
 
     z:     (B, D, latent_channels, r, r)  the latents, root first; zero where a path is shorter
     nodes: (B, D) long                    the node ids, root first; -1 where a path is shorter. Ids rise along a path, so
-                                          `nodes.amax(1)` is the leaf.
+                                          `nodes.amax(1)` is the leaf's, and `nodes >= 0` leaves the padding out.
     """
     z: torch.Tensor
     nodes: torch.Tensor
@@ -95,7 +95,7 @@ def dense(c_in, c_out):
 
 
 def map_sides(side):
-    """The sides of the feature maps between the image, cut in patches of 4 x 4, and 4 x 4: 28 -> [7, 4], 64 -> [16, 8, 4]."""
+    """The sides of the feature maps after a convolution of stride 4, halved down to 4: 28 -> [7, 4], 64 -> [16, 8, 4]."""
     sides = [side // 4]
     while sides[-1] > 4:
         sides.append((sides[-1] + 1) // 2)
@@ -143,7 +143,7 @@ def make_decoder(kind, image_shape, width, channels, r):
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), dense(channels, 4 * width), dense(4 * width, 4 * width),
                              nn.Linear(4 * width, math.prod(image_shape)), nn.Unflatten(1, image_shape))
-    sides = map_sides(image_shape[-1])[::-1]                                   # [4, 7]
+    sides = map_sides(image_shape[-1])[::-1]                                   # [4, 7] for 28
     widths = [2 * width] * (len(sides) - 1) + [width]
     layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
     for k in range(len(sides) - 1):
@@ -198,7 +198,7 @@ class Visit(NamedTuple):
     z: torch.Tensor            # (B, latent_channels, r, r)  a sample of q
     q: Gaussian                # q(z_i | z_pa(i), x), eqs. (16), (17)
     p: Gaussian                # p(z_i | z_pa(i)), eqs. (7), (8)
-    logit_q: torch.Tensor      # (B,) logit of q(c_i = 0 | x), eq. (18); None where there is no decision
+    logit_q: torch.Tensor      # (B,) logit of q(c_i = 0 | x), left, eq. (18); None where there is no decision
     logit_p: torch.Tensor      # (B,) logit of p(c_i = 0 | z_i), eq. (9); the same
     log_reach_q: torch.Tensor  # (B,) log P(i; c), the probability under q that x reaches node i
     log_reach_p: torch.Tensor  # (B,) the same under the generative routers
@@ -212,7 +212,7 @@ class TreeVAE(nn.Module):
     bottom_up_channels: channels of d_h, and the hidden width of the nodes' networks.
     max_depth: H, the depth the tree may grow to.
     encoder, decoder: "cnn", "resnet" (for colour) or "mlp" (both, for vectors of features: image_shape = (n_features,)).
-    width: their size, the channels next to the image of a cnn.
+    width: their size, the channels next to the image of a cnn; an mlp has layers of 8 (encoder) and 4 (decoder) times as many units.
     contrastive: whether there are projection heads, which `loss` with a second view needs, one a depth.
     parents: the tree to build, by default a root with two leaves.
 
@@ -324,7 +324,7 @@ class TreeVAE(nn.Module):
         return q.times(p), p                                                   # eqs. (15), (17)
 
     def walk(self, d, below=None):
-        """One Monte Carlo walk over the tree: visits nodes, parents first, samples every z and no decision.
+        """One Monte Carlo walk over the tree, a Visit for each node, parents first: samples every z and no decision.
 
         d: from `bottom_up_pass`. below: visit only the nodes on the path to this one, and those under it.
         """
@@ -353,10 +353,11 @@ class TreeVAE(nn.Module):
     def elbo(self, x, below=None):
         """L(x | T), eq. (21), by one sample of the tree: dict of (B,) tensors in nats.
 
-        "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". The expectation over the decisions is exact:
-        each term is multiplied by P(i; c), the probability of reaching its node.
-        below: only the terms of the nodes on the path to this node and under it, which are all that training a split
-        changes; their sum is a part of the ELBO, not to be compared with the whole.
+        "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". Each z is sampled once, each KL is in closed form given
+        its parent's z. The expectation over the decisions is exact: each term is multiplied by P(i; c), so that a node counts
+        as often as it is reached.
+        below: only the terms of the nodes on the path to this node, which do not change while a split trains but whose z are
+        needed, and under it, which do; their sum is a part of the ELBO, not to be compared with the whole.
         """
         return self._elbo(x, self.walk(self.bottom_up_pass(x), below))
 
@@ -380,10 +381,12 @@ class TreeVAE(nn.Module):
     def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, guide=None, guide_weight=0.0):
         """What training minimises, a scalar in nats an image, and the batch's means of what it is made of: {name: scalar}.
 
-        -E[log p(x | z)] + kl_weight * (the three KL) + contrastive_weight * `contrastive_loss`, the last only if there is a
-        `view`, other looks at the same images; + guide_weight * the cross-entropy between the decision at node `below` and what
-        `guide` says: points of `features` (n, hidden), and which of them go left, (n,) bool; the nearest point speaks for an image.
-        The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
+        -E[log p(x | z)] + kl_weight * (the three KL), eq. (21); + contrastive_weight * `contrastive_loss`, if there is a `view`,
+        other looks at the same images. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
+
+        guide, not in the paper: where the images of node `below` fall apart, as `features` of some of them, (n, hidden), and
+        `normalized_cut` of these, (n,) bool: left or not. Its nearest point speaks for an image, and guide_weight times the
+        cross-entropy between that and the decision at `below` is added. All x count alike: they are taken to be the node's.
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
@@ -395,7 +398,7 @@ class TreeVAE(nn.Module):
         if guide_weight > 0:
             points, goes_left = guide
             logit = next(v.logit_q for v in visits if v.node == below)
-            left = goes_left[torch.cdist(self.features(d)[:len(x)], points).argmin(1)]
+            left = goes_left[torch.cdist(self.features([h[:len(x)] for h in d]), points).argmin(1)]
             loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
@@ -411,7 +414,7 @@ class TreeVAE(nn.Module):
 
         Asks that a view takes the decisions of its image (temperature 1, summed over routers), and that its d_h, through a
         projection, is the image's more than any other's (temperature 0.5, averaged over depths). The decisions of different
-        images shall differ, so that a router divides its images about in halves; below: only of this node's router.
+        images shall differ, so that a router divides its images about in halves. below: the term of this node's router alone.
         d: `bottom_up_pass` of the images, then of their views; visits: `walk` with the images' half.
         """
         total = 0.0
@@ -427,15 +430,16 @@ class TreeVAE(nn.Module):
 
     @torch.no_grad()
     def log_likelihood(self, x, n_samples=1000, chunk=10):
-        """A bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats. `chunk` samples of the tree are held at a time.
+        """A lower bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats. `chunk` samples of the tree are held at a time.
 
-        log (1/K) sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l): the leaves are summed exactly, only
-        z is sampled, so the estimate of p(x) inside the log is unbiased and the bound rises with K.
+        log (1/K) sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l), with the z of a path in the brackets and
+        P_p of the generative routers. Only z is sampled, weighted so that the mean inside the log is without bias: on average
+        the bound rises with K, towards log p(x). The leaves are few and summed exactly.
         """
         d, chunks = self.bottom_up_pass(x), []
         for start in range(0, n_samples, chunk):
             k = min(chunk, n_samples - start)
-            many_x, log_ratio, leaves = x.repeat(k, *[1] * (x.dim() - 1)), {-1: 0.0}, []
+            many_x, log_ratio, leaves = x.repeat(k, *[1] * (x.dim() - 1)), {-1: 0.0}, []  # -1: above the root
             for v in self.walk([h.repeat(k, 1, 1, 1) for h in d]):
                 log_ratio[v.node] = log_ratio[self.parents[v.node]] + v.p.log_prob(v.z) - v.q.log_prob(v.z)
                 if self.nodes[v.node].decoder is not None:
@@ -451,7 +455,7 @@ class TreeVAE(nn.Module):
     def infer_path(self, x, leaf=None):
         """A sample of eq. (2) given x: the z of every node on the path to `leaf`. -> Path
 
-        leaf: (B,) long, a column of `leaf_probs`; if None, each image's is sampled from P(l; c). An image's z is computed
+        leaf: (B,) long, a column of `leaf_probs`, not a node id; if None, each image's is sampled from P(l; c). An image's z is computed
         at the nodes of its own path only.
         """
         d = self.bottom_up_pass(x)
@@ -511,8 +515,9 @@ class TreeVAE(nn.Module):
         """The growth rule: which leaf to split. -> (leaf id, (N,) bool mask of its images), or None if none can be.
 
         probs: (N, n_leaves) of `leaf_probs` on the training images. A leaf has the images with P(l; c) >= min(1/#leaves,
-        1/2). Of the leaves above max_depth with at least min_images, the one with the most is split; hard: where an image
-        counts for its most probable leaf alone, as it does in pruning. Else leaves that share images are split on and on.
+        1/2), the 1/2 for a tree of one leaf. Of the leaves above max_depth with at least min_images, the one with the most is
+        split. hard, not in the paper: an image counts for its most probable leaf alone, as in pruning, though the mask is the
+        same; else an image may count for several leaves, and leaves that share their images are split again and again.
         """
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
@@ -539,7 +544,7 @@ class TreeVAE(nn.Module):
         return children
 
     def prune(self, node_id):
-        """Take a leaf away. Its parent stays, with one child and no router, so that no node's depth changes."""
+        """Take a leaf away. Its parent stays, with one child and no router, so that no node's depth changes; without any it goes, too."""
         if node_id not in self.leaves or node_id == 0:
             raise ValueError(f"node {node_id} cannot be pruned: the leaves are {self.leaves}")
         parent, self.parents[node_id] = self.parents[node_id], PRUNED
@@ -552,7 +557,7 @@ class TreeVAE(nn.Module):
     def train_only(self, node=None):
         """Training mode for everything, or, once `node` was split, for what growing added: its routers and its children.
 
-        Whatever is frozen is also in eval mode: batch norm must neither follow nor mix in the statistics of one leaf.
+        Whatever is frozen is also in eval mode: its batch norm would otherwise normalise by one leaf's images and drift towards them.
         """
         self.requires_grad_(node is None).train(node is None)
         if node is not None:
@@ -564,8 +569,9 @@ class TreeVAE(nn.Module):
 def normalized_cut(points, neighbours=15, least=0.15):
     """Where points fall apart: the best cut of their nearest-neighbour graph in two (Shi and Malik 2000). (N, k) -> (N,) bool.
 
-    The graph joins each point with its `neighbours` nearest. Of the cuts along the second eigenvector of its normalised
-    Laplacian, the one with the smallest cut / weight of one side + cut / weight of the other; `least`: share of the smaller side.
+    The graph joins each point with its `neighbours` nearest, twice where both say so. Of the cuts along the second eigenvector
+    of its normalised Laplacian, the one with the smallest cut / weight of one side + cut / weight of the other; `least`: share of
+    the smaller side, so that no handful of outliers is cut off. Which side is True means nothing. O(N^3): for a few thousand points.
     """
     points = points.cpu().double()
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
@@ -573,10 +579,11 @@ def normalized_cut(points, neighbours=15, least=0.15):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T
     degree = graph.sum(1)
+    # the Laplacian is 1 minus this matrix: its second smallest eigenvalue is the second largest here
     second = torch.linalg.eigh(graph / (degree[:, None] * degree).sqrt()).eigenvectors[:, -2] / degree.sqrt()
     order = second.argsort()
     graph, weight = graph[order][:, order], degree[order].cumsum(0)            # weight[i] of the points up to i
-    cut = weight - 2 * graph.tril().sum(1).cumsum(0)                           # from those to the others
+    cut = weight - 2 * graph.tril().sum(1).cumsum(0)                           # their weight less the edges among them
     cost = (cut / weight + cut / (weight[-1] - weight))[:-1]
     low = int(least * len(points))
     size = 1 + low + cost[low:len(cost) - low].argmin()
@@ -586,10 +593,10 @@ def normalized_cut(points, neighbours=15, least=0.15):
 def nt_xent(a, temperature, log_weight=None):
     """NT-Xent of two views of B images, a (2, B, k): a scalar in nats.
 
-    l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} exp(s(a_i, a_k) / tau) ), s the cosine similarity, averaged over the 2 B
-    views. log_weight (B,): the log of how much each image takes part, both as an example and among those it is held
-    against (the paper: only as an example); for a decision that is P(i; c). Else a router could tell its images from those
-    that never come to it, be content with that, and send all of its own to one side.
+    l_i = w_i [ log sum_{k != i} w_k exp(s(a_i, a_k) / tau) - s(a_i, a_i') / tau ], s the cosine similarity and a_i' the other view
+    of i, averaged over the 2 B views (Chen et al. 2020). log_weight (B,): log w, 0 if None. For a decision w is P(i; c), how much an
+    image has to do with it. The original TreeVAE weights by w_i alone; then a router could be content with telling its images from
+    those that never come to it, and send all its own to one side.
     """
     a = F.normalize(a.float(), dim=2) / math.sqrt(temperature)
     agreement = (a[0] * a[1]).sum(1).repeat(2)                                 # s(a_i, a_i') / tau of all 2 B views
@@ -613,7 +620,7 @@ if __name__ == "__main__":
     for v in tree.walk(tree.bottom_up_pass(x)):
         print(f"  node {v.node}: z {tuple(v.z.shape[1:])}, reached with P(i; c) = {v.log_reach_q.exp().mean():.2f}, "
               f"KL(q || p) = {v.q.kl(v.p).mean():.2f} nats" + (", decides" if v.logit_q is not None else ", decodes"))
-    print("\nThe ELBO, eq. (21), in nats an image, while 60 steps of Adam learn these 64 images:")
+    print("\nThe ELBO, eq. (21), in nats an image, while Adam learns these 64 images:")
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
     for step in range(61):
         loss, terms = tree.loss(x)
@@ -622,7 +629,11 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"\nGrowing: node 2 is split into {tree.grow(2)}; parents {tree.parents}, leaves {tree.leaves}.")
+    tree.eval()
+    bound = tree.log_likelihood(x[:8], 100).mean()
+    print(f"\nTwo bounds on log p(x) of 8 images: about {tree.elbo(x[:8])['elbo'].mean():.1f} (ELBO), about {bound:.1f} (100 samples).")
+    children = tree.grow(2)
+    print(f"\nGrowing: node 2 is split into {children}; parents {tree.parents}, leaves {tree.leaves}.")
     tree.train_only(2)
     print(f"  trained now: {sum(p.numel() for p in tree.parameters() if p.requires_grad)} of "
           f"{sum(p.numel() for p in tree.parameters())} parameters; the rest is frozen, in eval mode.")
@@ -631,5 +642,3 @@ if __name__ == "__main__":
     path = tree.sample_path(5)
     print(f"\nGeneration: 5 paths from the prior, z {tuple(path.z.shape)}, nodes {path.nodes.tolist()};\n"
           f"  decoded to images {tuple(tree.decode(path).shape)}.")
-    bound = tree.log_likelihood(x[:8], 100).mean()
-    print(f"\nTwo bounds on log p(x) of 8 images: about {tree.elbo(x[:8])['elbo'].mean():.1f} (ELBO), about {bound:.1f} (100 samples).")
