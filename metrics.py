@@ -342,7 +342,7 @@ def measure(folder, flags):
         save(denoising_loss(painter, images[:2500], flags.seed))
     if data.classes:
         sample.draw_growth_scores(result["growth"], folder / "growth_scores.png")
-        features[FD], head = load_classifier(run, kind, data, folder.parent / f"classifier-{config.dataset}-{kind}.pt")
+        features[FD], head = load_classifier(run, kind, data, folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}.pt")
     else:
         print(f"no labels: no scores of the clusters, no classifier, so no {FD} and no leaf entropy")
     where = flags.inception_weights or "download" * (not on_cpu)

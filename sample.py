@@ -270,7 +270,8 @@ def main(argv=None):
     draw_denoising(painter, folder / "denoising.png")
     with torch.no_grad():
         draw_interpolation(painter, painter.tree.leaves[0], flags.seed, folder / "interpolation.png")
-    draw_growth(train.load_state(painter.config)["frames"], folder / "growth.gif")
+    if state := train.load_state(painter.config):                      # else the run was copied without its checkpoint
+        draw_growth(state["frames"], folder / "growth.gif")
     print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")
 
 

@@ -237,12 +237,6 @@ def draw_shapes(n, seed, colour=False):
     return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label)
 
 
-def load_shapes(config):
-    """The embedded data set, grey or in colour."""
-    colour = config.dataset == "shapes-rgb"
-    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
-
-
 def fetch(config, read, download):
     """read(data_root); what it does not find there is downloaded into a folder of its own, then moved to data_root."""
     root, missing = File(config.data_root), "there is nothing"
@@ -453,7 +447,7 @@ def as_images(x, where):
     if not 0 <= low <= high <= 255:                                    # NaN is not either
         fail(f"the pixels of {where} must be in 0..1 or in 0..255; they are in {low}..{high}")
     if x.dtype != np.uint8 or high <= 1:
-        x = (x * np.float32(255 if high <= 1 else 1)).round().astype(np.uint8)
+        x = (x * np.float32(255 if high < 1.01 else 1)).round().clip(0, 255).astype(np.uint8)    # 1.0000001 is 1
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
@@ -473,7 +467,8 @@ def load_folder(config, folder):
         rows = np.concatenate([train, *test])
         labels = as_labels(labels.squeeze(), len(images), f"the labels in {folder}")
         return divide(as_images(images[rows], f"the images in {folder}"), labels[rows], np.arange(len(rows)) >= len(train))
-    parts = [folder / "train", folder / "test"] if (folder / "train").is_dir() else [folder]
+    folders = {path.name for path in folder.iterdir() if path.is_dir()}         # a class, too, may be called train
+    parts = [folder / "train", folder / "test"] if {"train", "test"} <= folders or folders == {"train"} else [folder]
     images, files = read_images(config, folder, [path for part in parts for path in image_files(part)])
     below = [os.path.relpath(path, folder).split(os.sep) for path in files]     # test, birds, 1.png
     names = [place[len(parts) - 1] if len(place) > len(parts) else "" for place in below]
@@ -555,8 +550,9 @@ class DataSet(NamedTuple):
 
 
 DATASETS = {
-    "shapes": DataSet(load_shapes, DRAWN),
-    "shapes-rgb": DataSet(load_shapes, DRAWN_RGB, PAPER_COLOUR),
+    "shapes": DataSet(lambda config: Data(*draw_shapes(8000, 0), *draw_shapes(2000, 1), SHAPES), DRAWN),
+    "shapes-rgb": DataSet(lambda config: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES), DRAWN_RGB,
+                          PAPER_COLOUR),
     "mnist": DataSet(partial(load_arrays, sets.MNIST)),
     "fashion": DataSet(partial(load_arrays, sets.FashionMNIST)),
     "cifar10": DataSet(partial(load_arrays, sets.CIFAR10), {}, PAPER_COLOUR),
@@ -609,17 +605,12 @@ def world():
 def agree(tensors, mean=True):
     """Give tensors, in place and as one message, the same values in all processes: their means, or those of the first."""
     n = world()[1]
-    tensors = [t.detach() for t in tensors if t is not None and t.is_floating_point()] if n > 1 else []
-    if not tensors:
-        return
-    flat = torch.cat([t.flatten().float() for t in tensors])
-    if mean:
-        dist.all_reduce(flat)
-        flat /= n
-    else:
-        dist.broadcast(flat, 0)
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(part.view_as(t))
+    tensors = [t.detach() for t in tensors if n > 1 and t is not None and t.is_floating_point()]
+    if tensors:
+        flat = torch.cat([t.flatten().float() for t in tensors])
+        dist.all_reduce(flat) if mean else dist.broadcast(flat, 0)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t) / (n if mean else 1))
 
 
 def replace_file(path, save, old=None):
@@ -730,12 +721,8 @@ class Run:
     def save(self, **state):
         """Update the state and write checkpoint.pt and log.csv."""
         self.state.update(state, seconds=self.seconds(), random=random_state(self.device))
-        rows = self.state["log"]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        table = io.StringIO()
-        writer = csv.DictWriter(table, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        names, table = list(dict.fromkeys(name for row in self.state["log"] for name in row)), io.StringIO()
+        csv.writer(table).writerows([names, *([row.get(name) for name in names] for row in self.state["log"])])
         write(self.folder / "log.csv", lambda file: file.write(table.getvalue().encode()))
         write(self.folder / "checkpoint.pt", lambda file: torch.save(self.state, file), old=self.folder / "checkpoint_old.pt")
         self.saved = time.monotonic()
@@ -798,7 +785,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
         set_random_state(state["random"], device)
-    (rank, n), running = world(), [b for b in network.buffers() if b.is_floating_point()]
+    (rank, n) = world()
     agree(network.state_dict().values(), mean=False)
     if rank:
         torch.manual_seed(run.config.seed + 1_000_003 * (rank + n * len(state["log"])))      # other noise for other images
@@ -826,7 +813,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
             optimizer.param_groups[0]["lr"] = lr * decay * min(1, (step + 1) / warmup_steps)
             x = images[order[batch * batch_size:(batch + 1) * batch_size][rank::n]].float() / 255
             loss, terms = step_loss(x, epoch, progress)
-            optimizer.zero_grad()
+            network.zero_grad()
             loss.backward()
             agree([p.grad for p in network.parameters()])
             if grad_clip:
@@ -856,7 +843,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                                  leaf_shares=shares))
         sums.clear()
         state["batch"] = 0
-    agree(running)                                                     # batch norm's running statistics
+    agree(network.buffers())                                           # batch norm's running statistics
     run.say(f"{clock(run.seconds())}  {title}, {epochs} epochs: {in_words(row)}", last=True)
 
 
@@ -868,7 +855,9 @@ def in_words(terms):
 @torch.no_grad()
 def leaf_probs(tree, images):
     """P(l; c) of all images (N, C, H, W) uint8: (N, n_leaves). The tree must be in eval mode."""
-    return torch.cat([tree.leaf_probs(x.float() / 255) for x in images.split(2000)])
+    probs = torch.cat([tree.leaf_probs(x.float() / 255) for x in images.split(2000)])
+    agree([probs], mean=False)                                         # a last digit may differ between two GPUs
+    return probs
 
 
 def next_phase(tree, images, config, phase):
@@ -886,19 +875,19 @@ def next_phase(tree, images, config, phase):
         return "intermediate", None, None, f"all parameters train after {splits} splits"
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-    if (sizes >= config.min_share * len(images)).sum() < config.max_leaves:      # leaves that pruning will take do not count
+    large = (sizes >= config.min_share * len(images)).sum()                      # leaves that pruning will take do not count
+    if large < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:
         split = tree.next_split(probs, config.tree_batch_size, hard=config.guided)
         if split:
             children = tree.grow(split[0])
             return "grow", *split, f"leaf {split[0]} has the most images, {split[1].sum():d}: it is split into {children[0]} and {children[1]}"
     pruned = []
-    while True:
-        share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0
-        leaf = tree.next_prune(leaf_probs(tree, images), share)
-        if leaf is None:
-            return "finetune" if config.finetune_epochs else "diffusion", None, None, f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
+    while (leaf := tree.next_prune(leaf_probs(tree, images),
+                                   config.min_share if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
         tree.prune(leaf)
         pruned.append(leaf)
+    done = f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
+    return "finetune" if config.finetune_epochs else "diffusion", None, None, done
 
 
 def train_tree(run, tree, data):
@@ -907,9 +896,8 @@ def train_tree(run, tree, data):
     epochs_of = dict(initial=config.initial_epochs, grow=config.subtree_epochs, intermediate=config.intermediate_epochs,
                      finetune=config.finetune_epochs)
     while (phase := state["phase"]) in epochs_of:
-        node, guide = state["node"], None                              # the leaf that was split; None if everything trains
-        if state["guide"]:
-            guide = [part.to(run.device) for part in state["guide"]]
+        node = state["node"]                                           # the leaf that was split; None if everything trains
+        guide = state["guide"] and [part.to(run.device) for part in state["guide"]]
         kl_start = config.kl_start if phase == "initial" else config.kl_start_later
         contrastive = config.contrastive * (1.0 if phase == "initial" else config.contrastive_later)
 
@@ -1109,25 +1097,26 @@ def parse_flags(argv):
     quick, asked = flags.pop("quick"), [name for name in ("resume", "overwrite") if flags.pop(name)]
     how = asked[0] if asked else "start"
     typed = {name: value for name, value in flags.items() if value is not None}
-    dataset = typed.get("dataset", "shapes")
+    source = asdict(load_config(typed["tree"])) if typed.get("tree") and how != "resume" else {}
+    dataset = typed.get("dataset") or source.get("dataset", "shapes")
     if dataset not in DATASETS and os.path.exists(os.path.expanduser(dataset)):
         dataset = typed["dataset"] = os.path.realpath(os.path.expanduser(dataset))    # the same from any folder
     typed["out"] = typed.get("out") or f"runs/{File(dataset).name.removesuffix('.npz')}"
+    names = [f.name for f in fields(Config)]
+    stage_2 = ("out", "device", "data_root", "seed", "bf16", *names[names.index("tree"):])
+    may = ("dataset", "out", "device", "data_root") if how == "resume" else stage_2 if source else (*names, "quick")
+    if kept := [name for name in [*typed, *["quick"] * quick] if name not in may]:
+        fail(f"a resumed run keeps its own settings, and --tree those of the tree: leave out --{kept[0].replace('_', '-')}, or "
+             "train anew in another folder with --out")
     if how == "resume":
-        kept = [name for name in typed if name not in ("dataset", "out", "device", "data_root")] + ["quick"] * quick
-        if kept:
-            fail(f"a resumed run keeps its own settings: leave out --{kept[0].replace('_', '-')}, or train in another folder with --out")
         return load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed}), how
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
     known = DATASETS.get(dataset, OWN)
     of_data = known.paper if preset == "paper" else known.settings
-    defaults = PRESETS[preset] | of_data | (QUICK if quick else {}) | known.always
-    if typed.get("tree"):
-        defaults = asdict(load_config(typed["tree"]))
-        preset, quick = defaults["preset"], False
-    return check(Config(**(defaults | typed | dict(preset=preset + " --quick" * quick)))), how
+    defaults = source or PRESETS[preset] | of_data | (QUICK if quick else {}) | known.always | dict(preset=preset + " --quick" * quick)
+    return check(Config(**(defaults | typed))), how
 
 
 def check(config):
@@ -1154,6 +1143,9 @@ def check(config):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
     if config.min_share * config.max_leaves > 1:
         fail(f"{config.max_leaves} leaves cannot all have a share of {config.min_share}: lower --min-share or --max-leaves")
+    if config.tree and (not config.diffusion_epochs or os.path.realpath(config.tree) == os.path.realpath(config.out)):
+        fail("--tree trains stage 2 of another run: choose another folder by --out, and --diffusion-epochs, which is "
+             f"{config.diffusion_epochs}")
     if config.drop_condition and config.condition == "none":
         fail("--drop-condition has nothing to drop with --condition none")
     if config.unet_channels % 2 or max(config.dropout, config.drop_condition) >= 1 or config.max_images == 1:
@@ -1237,23 +1229,26 @@ def load_run(folder, device="auto", data_root=None, need_diffusion=True):
         tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"]).to(device)
         tree.load_state_dict(saved["state_dict"])
         if need_diffusion:
+            weights = load_checkpoint(File(folder) / "diffusion.pt", device)
             networks = build_denoiser(config, tree).to(device)
-            networks.load_state_dict(load_checkpoint(File(folder) / "diffusion.pt", device))
+            networks.load_state_dict(weights)
             networks.requires_grad_(False).eval()
     except Exception as error:
         fail(f"the weights in {folder} do not fit its config.json ({first_line(error)})")
     return config, device, data, tree.requires_grad_(False).eval(), networks
 
 
-FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.*",
+FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth*",
          *(f"{name}.png" for name in ("curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
                                       "leaf_*", "node_*")))                                      # what --overwrite takes away
 
 
-def taken(folder):
-    """What of another run's state its tree is: stage 2 goes on from there."""
-    state = load_state(load_config(folder))
-    if not state or state["phase"] not in ("diffusion", "done"):
+def taken(folder, images):
+    """What of another run's state its tree is: stage 2 goes on from there. images: their check sum, as in `load_state`."""
+    state = load_state(load_config(folder), images)
+    if not state:
+        fail(f"there is no checkpoint.pt in {folder}, which has the tree and how it grew")
+    if state["phase"] not in ("diffusion", "done"):
         fail(f"the tree in {folder} is not grown yet: go on with it by --resume --out {folder}")
     log = [row for row in state["log"] if "loss" not in row]
     return dict(phase="diffusion", node=None, log=log, **{name: state[name] for name in ("parents", "tree", "frames")})
@@ -1271,7 +1266,7 @@ def begin(config, device, data, how):
     try:
         run = Run(config, device, state)
         if config.tree and not state:
-            run.state.update(taken(config.tree))
+            run.state.update(taken(config.tree, mark["images"]))
         tree = build_tree(config, tuple(data.images.shape[1:]), run.state["parents"]).to(device)
         if "tree" in run.state:
             tree.load_state_dict(run.state["tree"])
@@ -1301,7 +1296,7 @@ def train_both(run, tree, data):
         phase = run.state["phase"]
         flag = {"diffusion": "diffusion_batch_size", "grow": "subtree_batch_size"}.get(phase, "tree_batch_size")
         fail(f"{run.device} ran out of memory in the phase {phase}: halve --{flag.replace('_', '-')}, which is "
-             f"{getattr(config, flag)}, and start anew")
+             f"{getattr(config, flag)}, and " + (f"go on in another folder with --tree {run.folder}" if phase == "diffusion" else "start anew"))
 
 
 def main(argv=None):
@@ -1310,7 +1305,7 @@ def main(argv=None):
     folder = File(config.out)
     if how == "start" and any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "tree.pt")):
         fail(f"{folder} holds a run already: go on with it by --resume, replace it by --overwrite, or choose another by --out")
-    if how == "overwrite" and (folder / "config.json").exists():
+    if how == "overwrite" and (folder / "config.json").exists() and not (folder / "log.csv").exists():
         load_config(folder)                                            # which is a run's, or nothing is overwritten
     device, data = pick_device(config.device), load_data(config)
     data = data._replace(images=data.images[:config.max_images or None])

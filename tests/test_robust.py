@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_spares_its_state(images, 
         return total, terms
     monkeypatch.setattr(train.TreeVAE, "loss", broken)
     error = refused(capsys, *TINY, "--dataset", images, "--out", tmp_path / "run")
-    assert f"initial, epoch 1, step 3: {'kl_root' if what == 'a term' else what} is not a number" in error
+    assert f"grow 0, epoch 1, step 3: {'kl_root' if what == 'a term' else what} is not a number" in error
     state = train.read_saved(tmp_path / "run" / "checkpoint.pt")
     assert state["batch"] == 2 and all(value.isfinite().all() for value in state["training"]["network"].values())
 

@@ -21,7 +21,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--quick", "--max-images", "192", "--max-leaves", "3", "--finetune-epochs", "1", "--bottom-up-channels", "16", "--tree-width", "4",
-        "--unet-channels", "8", "--unet-multipliers", "1,2", "--device", "cpu"]
+        "--unet-channels", "8", "--unet-multipliers", "1,2", "--device", "cpu", "--max-depth", "3", "--tree-batch-size", "16",
+        "--subtree-batch-size", "8", "--tree-lr", "0.003"]
 
 
 @pytest.fixture(scope="module")
