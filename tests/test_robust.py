@@ -22,6 +22,14 @@ TINY = ("--quick --device cpu --preset tiny --max-leaves 3 --max-depth 2 --initi
         "--bottom-up-channels 8 --tree-width 2 --unet-channels 4 --unet-multipliers 1,2 --diffusion-batch-size 16").split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sigint_is_heard():
+    """A job in the background is started with SIGINT ignored; these tests want it as a terminal has it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "drawn.npz"
