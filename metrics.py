@@ -320,12 +320,13 @@ def measure(folder, flags):
     run, images = train.Run(config, painter.device, {"seconds": 0.0}), data.test_images.to(painter.device)
     painter.steps = min(config.timesteps, flags.steps or (15 if on_cpu else 100))
     kind, features, head = flags.classifier or ("small" if on_cpu else "resnet50"), {}, None
+    n_images = flags.images or (200 if config.preset.endswith("--quick") else 10000)
     told = config.condition + " + reconstruction" * config.with_reconstruction
     method = {"path": "TreeDiffusion", "none + reconstruction": "TreeVAE + Diffusion"}.get(told, f"Diffusion ({told})")
     print(f"{folder}: {method}, {config.dataset}, seed {config.seed}; Frechet distances to {len(images)} test images", flush=True)
     made_of = [folder / name for name in ("config.json", "tree.pt", "diffusion.pt")] + sorted(File(__file__).parent.glob("*.py"))
     result = dict(run=str(folder), dataset=config.dataset, preset=config.preset, seed=config.seed, method=method, protocol=dict(
-        images=flags.images, steps=painter.steps, seed=flags.seed, classifier=kind,
+        images=n_images, steps=painter.steps, seed=flags.seed, classifier=kind,
         digest=hashlib.sha256(b"".join(file.read_bytes() for file in made_of if file.exists())).hexdigest()))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):        # there is none yet, or an older version's
         known = json.loads((folder / "metrics.json").read_text())
@@ -339,10 +340,12 @@ def measure(folder, flags):
         frames = train.load_checkpoint(folder / "checkpoint.pt", "cpu")["frames"]
         save(evaluate(run, tree, images, np.asarray(data.test_labels) if data.classes else None, frames))
     if stage_2 and "denoising loss, all t" not in result:
-        save(denoising_loss(painter, images[:2500], flags.seed))
+        save(denoising_loss(painter, images[:min(2500, n_images)], flags.seed))
     if data.classes:
         sample.draw_growth_scores(result["growth"], folder / "growth_scores.png")
-        features[FD], head = load_classifier(run, kind, data, folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}.pt")
+        few = slice(config.max_images or None)                                 # as many as the run had
+        features[FD], head = load_classifier(run, kind, data._replace(images=data.images[few], labels=data.labels[few]),
+                                             folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}.pt")
     else:
         print(f"no labels: no scores of the clusters, no classifier, so no {FD} and no leaf entropy")
     where = flags.inception_weights or "download" * (not on_cpu)
@@ -358,7 +361,7 @@ def measure(folder, flags):
         leaves.append(path.nodes.amax(1).cpu())
         drawn = painter.draw(path, batch_size=64 if on_cpu else 1000) if stage_2 else [tree.decode(path).cpu()]
         return {who: (255 * x).round().byte() for who, x in zip(("TreeVAE", "diffusion"), drawn)}        # 8 bits, as in files
-    n_of = {"test images": len(images), "reconstructions": min(len(images), flags.images), "new images": flags.images}
+    n_of = {"test images": len(images), "reconstructions": min(len(images), n_images), "new images": n_images}
     for what, n in n_of.items() if any(f"{name} of new images by TreeVAE" not in result for name in features) else ():
         leaves = []
         torch.manual_seed(flags.seed)
@@ -378,7 +381,7 @@ def measure(folder, flags):
         save(more)
     if flags.ll_samples and result.get("ll_samples") != flags.ll_samples:
         torch.manual_seed(flags.seed)
-        parts = run.watch(f"log p(x) by {flags.ll_samples} samples", images[:flags.images].split(100))
+        parts = run.watch(f"log p(x) by {flags.ll_samples} samples", images[:n_images].split(100))
         bound = torch.cat([tree.log_likelihood(x.float() / 255, flags.ll_samples) for x in parts])
         mean, error = bound.mean().item(), bound.std().item() / len(bound) ** 0.5
         save({"ll_samples": flags.ll_samples, "log_likelihood": mean, "standard_error": error,
@@ -402,7 +405,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="run", help="the folder of a run, such as runs/fashion")
     parser.add_argument("--data-root", help="folder of downloaded data sets (default: the run's)")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="default: auto")
-    parser.add_argument("--images", type=int, default=10000, help="new images, and reconstructions at most (default: 10000)")
+    parser.add_argument("--images", type=int, help="new images, and reconstructions at most (default: 10000; 200 of a --quick run)")
     parser.add_argument("--steps", type=int, help="DDIM steps an image, at most T (default: 15 on a CPU, else 100)")
     parser.add_argument("--classifier", choices=list(RECIPES), help="default: small on a CPU, else resnet50")
     parser.add_argument("--inception-weights", metavar="FILE", help=f"of the {FID} network, or \"download\" (default on a GPU)")
@@ -411,7 +414,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of all samples (default: 0)")
     flags = parser.parse_args(argv)
     flags.ll_samples = 1000 * flags.full if flags.ll_samples is None else flags.ll_samples
-    if flags.ll_samples < 0 or flags.images < 2 or not 0 <= flags.seed < 2 ** 31 or flags.steps is not None and flags.steps < 1:
+    if flags.ll_samples < 0 or flags.images is not None and flags.images < 2 or not 0 <= flags.seed < 2 ** 31 or flags.steps is not None and flags.steps < 1:
         train.fail("--ll-samples must be at least 0, --images at least 2, --steps at least 1 and --seed in 0..2147483647")
     text, beside = table([measure(folder, flags) for folder in flags.runs]), File(flags.runs[0]).parent
     print(text)
