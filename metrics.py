@@ -297,8 +297,9 @@ def denoising_loss(painter, images, seed=0, buckets=10):
 
     Each image at one random time in each bucket; the noise is a function of the seed, so that runs can be compared.
     """
-    T, losses = painter.config.timesteps, torch.zeros(buckets, dtype=torch.float64)
+    T = painter.config.timesteps
     buckets = min(buckets, T)
+    losses = torch.zeros(buckets, dtype=torch.float64)
     for k, rows in enumerate(images.split(250)):
         torch.manual_seed(seed + k)
         noise, times = torch.randn(buckets, *rows.shape), torch.rand(buckets, len(rows))
@@ -308,7 +309,7 @@ def denoising_loss(painter, images, seed=0, buckets=10):
             t = ((b + times[b]) * T / buckets).long().clamp(max=T - 1).to(x.device)
             with train.autocast(painter.config, painter.device):
                 losses[b] += len(x) * painter.diffusion.loss(net, 2 * x - 1, y, t, noise[b].to(x.device)).item() / len(images)
-    return {"denoising loss, all t": losses[:buckets].mean().item()} | {
+    return {"denoising loss, all t": losses.mean().item()} | {
         f"denoising loss, t in {b * T // buckets}..{(b + 1) * T // buckets - 1}": losses[b].item() for b in range(buckets)}
 
 

@@ -181,11 +181,6 @@ HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fa
             "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
 
-def int_list(text):
-    """"16,8" -> [16, 8]; "" -> []. The form of the two settings that are lists."""
-    return [int(part) for part in text.split(",") if part]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: everything in memory as uint8, on the training device; labels are for looking at results only
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,26 +432,23 @@ def load_news20(config):
     return divide(made["x"], [group for _, group, _ in places], test)._replace(words=made["words"])
 
 
-def as_images(x, where):
-    """An array of images in any usual shape and range -> (N, C, H, W) uint8; a clear failure where that is not what it is."""
+def as_images(x, where, labels=None):
+    """Images in any usual shape and range -> (N, C, H, W) uint8, and labels, (N,) numbers or names; a clear failure where they
+    are not that. labels: "" for all if there are none.
+    """
     x = np.asarray(x)
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, 3, 1) if x.ndim == 4 and x.shape[3] in (1, 3) else x
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape or x.dtype.kind not in "buif":
-        fail(f"{where} must be numbers of shape (N, H, W), (N, H, W, 3) or (N, 3, H, W), not {x.dtype} of shape {x.shape}")
+        fail(f"the images in {where} must be numbers of shape (N, H, W), (N, H, W, 3) or (N, 3, H, W), not {x.dtype} of shape {x.shape}")
     low, high = x.min(), x.max()
     if not 0 <= low <= high <= 255:                                    # NaN is not either
-        fail(f"the pixels of {where} must be in 0..1 or in 0..255; they are in {low}..{high}")
+        fail(f"the pixels of the images in {where} must be in 0..1 or in 0..255; they are in {low}..{high}")
     if x.dtype != np.uint8 or high <= 1:
         x = (x * np.float32(255 if high < 1.01 else 1)).round().clip(0, 255).astype(np.uint8)    # 1.0000001 is 1
-    return torch.from_numpy(np.ascontiguousarray(x))
-
-
-def as_labels(labels, n, where):
-    """n labels, numbers or names; a clear failure where they are not."""
-    labels = np.asarray(labels)
-    if labels.shape != (n,) or labels.dtype.kind not in "biuU":
-        fail(f"{where} must be {n} whole numbers or names, one an image, not {labels.dtype} of shape {labels.shape}")
-    return labels
+    labels = np.asarray([""] * len(x) if labels is None else labels)
+    if labels.shape != (len(x),) or labels.dtype.kind not in "biuU":
+        fail(f"the labels in {where} must be {len(x)} whole numbers or names, one an image, not {labels.dtype} of shape {labels.shape}")
+    return torch.from_numpy(np.ascontiguousarray(x)), labels
 
 
 def load_folder(config, folder):
@@ -465,8 +457,8 @@ def load_folder(config, folder):
         images, labels = (torch.load(folder / f"{name}.pt", weights_only=True).numpy() for name in ("images", "labels"))
         train, *test = (np.load(folder / f"{part}_split.npy", allow_pickle=False) for part in ("train", "validation", "test"))
         rows = np.concatenate([train, *test])
-        labels = as_labels(labels.squeeze(), len(images), f"the labels in {folder}")
-        return divide(as_images(images[rows], f"the images in {folder}"), labels[rows], np.arange(len(rows)) >= len(train))
+        images, labels = as_images(images, folder, labels.squeeze())
+        return divide(images[rows], labels[rows], np.arange(len(rows)) >= len(train))
     folders = {path.name for path in folder.iterdir() if path.is_dir()}         # a class, too, may be called train
     parts = [folder / "train", folder / "test"] if {"train", "test"} <= folders or folders == {"train"} else [folder]
     images, files = read_images(config, folder, [path for part in parts for path in image_files(part)])
@@ -485,8 +477,7 @@ def load_own(config, name=None):
             if sum(part.file_size for part in archive.infolist()) > 100 * path.stat().st_size + 2 ** 30:
                 fail(f"{path} is a decompression bomb: unpacked it would be more than a hundred times its size")
         with np.load(path, allow_pickle=False) as arrays:
-            images = as_images(arrays["images"], f"`images` in {path}")
-            labels = as_labels(arrays["labels"], len(images), f"`labels` in {path}") if "labels" in arrays else [""] * len(images)
+            images, labels = as_images(arrays["images"], path, arrays["labels"] if "labels" in arrays else None)
     except Exception as error:
         fail(f"{path} is not a folder of images, nor an .npz file with `images` ({type(error).__name__}: {first_line(error)})")
     return divide(images, labels)
@@ -879,8 +870,10 @@ def next_phase(tree, images, config, phase):
     if large < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:
         split = tree.next_split(probs, config.tree_batch_size, hard=config.guided)
         if split:
-            children = tree.grow(split[0])
-            return "grow", *split, f"leaf {split[0]} has the most images, {split[1].sum():d}: it is split into {children[0]} and {children[1]}"
+            leaf, mask = split
+            n = sizes[tree.leaves.index(leaf)] if config.guided else mask.sum()
+            children = tree.grow(leaf)
+            return "grow", leaf, mask, f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}"
     pruned = []
     while (leaf := tree.next_prune(leaf_probs(tree, images),
                                    config.min_share if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
@@ -940,8 +933,8 @@ def build_tree(config, image_shape, parents=(-1, 0, 0)):
 
 def build_denoiser(config, tree):
     """The networks of stage 2: {"unet", "path_encoder"}."""
-    unet = UNet(tree.image_shape, config.unet_channels, int_list(config.unet_multipliers), config.unet_blocks,
-                int_list(config.unet_attention), config.dropout, tree.image_shape[0] * config.with_reconstruction)
+    unet = UNet(tree.image_shape, config.unet_channels, json.loads(f"[{config.unet_multipliers}]"), config.unet_blocks,
+                json.loads(f"[{config.unet_attention}]"), config.dropout, tree.image_shape[0] * config.with_reconstruction)
     return nn.ModuleDict({"unet": unet, "path_encoder": PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition)})
 
 
@@ -1132,9 +1125,8 @@ def check(config):
     if config.dataset not in DATASETS and not os.path.exists(config.dataset):
         fail(f"invalid choice: {config.dataset!r}; --dataset must be one of {', '.join(DATASETS)}, or the path of a folder of "
              "images or an .npz file")
-    for name in ("unet_multipliers", "unet_attention"):
-        parts = getattr(config, name).split(",") if getattr(config, name) or name == "unet_multipliers" else []
-        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    for name, may_be_empty in (("unet_multipliers", ""), ("unet_attention", "|")):
+        if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*" + may_be_empty, getattr(config, name)):
             fail(f"--{name.replace('_', '-')} must be whole numbers separated by commas, such as 1,2,2, not {getattr(config, name)!r}")
     if config.representation_dim not in (1, 2, 4) or config.representation_dim != 1 and "mlp" in (
             config.encoder, config.decoder):
