@@ -485,8 +485,8 @@ def load_own(config, name=None):
 
 class Views(NamedTuple):
     """How much the random views of an image differ; the names are those of torchvision's transforms."""
-    scale: tuple = (0.6, 1.0)        # share of the image's area in the crop, at most 1
-    ratio: tuple = (0.9, 1.1)        # of the crop's width to its height
+    scale: tuple = (0.35, 1.0)       # share of the image's area in the crop, at most 1
+    ratio: tuple = (3 / 4, 4 / 3)    # of the crop's width to its height
     jitter: tuple = (0.5, 0.0)       # brightness and contrast; colour: also saturation and hue
     jitter_p: float = 1.0
     grey_p: float = 0.0

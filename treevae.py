@@ -303,17 +303,17 @@ class TreeVAE(nn.Module):
             return {child: log_reach for child in children}
         return {children[0]: log_reach + F.logsigmoid(logit), children[1]: log_reach + F.logsigmoid(-logit)}
 
-    def _leaf_probs(self, d):
-        """P(l; c) from `bottom_up_pass`: the product of eq. (18)'s decisions on the way, in log space."""
+    def leaf_probs(self, x):
+        """P(l; c) of every leaf, left to right: (B, n_leaves), rows sum to 1. Eqs. (12) and (18) only: no z, no decoder.
+
+        The product of the decisions on the way, in log space.
+        """
+        d = self.bottom_up_pass(x)
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:
             router = self.nodes[i].router_q
             log_reach |= self._children_reach(i, log_reach[i], router(d[self.depth(i)]) if router is not None else None)
         return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
-
-    def leaf_probs(self, x):
-        """P(l; c) of every leaf, left to right: (B, n_leaves), rows sum to 1. Eqs. (12) and (18) only: no z, no decoder."""
-        return self._leaf_probs(self.bottom_up_pass(x))
 
     def _posterior(self, i, d_i, z_parent):
         """q(z_i | z_pa(i), x) and p(z_i | z_pa(i)) of node i, two Gaussians; z_parent is not looked at for the root."""
@@ -385,8 +385,8 @@ class TreeVAE(nn.Module):
         other looks at the same images. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
 
         guide, not in the paper: where the images of node `below` fall apart, as `features` of some of them, (n, hidden), and
-        `normalized_cut` of these, (n,) bool: left or not. Its nearest point speaks for an image, and guide_weight times the
-        cross-entropy between that and the decision at `below` is added. All x count alike: they are taken to be the node's.
+        `normalized_cut` of these, (n,) bool: left or not. Its 7 nearest points vote for an image, and guide_weight times the
+        cross-entropy between their vote and the decision at `below` is added. All x count alike: they are taken to be the node's.
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
@@ -398,8 +398,8 @@ class TreeVAE(nn.Module):
         if guide_weight > 0:
             points, goes_left = guide
             logit = next(v.logit_q for v in visits if v.node == below)
-            left = goes_left[torch.cdist(self.features([h[:len(x)] for h in d]), points).argmin(1)]
-            loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left.float())
+            near = torch.cdist(self.features([h[:len(x)] for h in d]), points).topk(min(7, len(points)), largest=False).indices
+            loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, goes_left[near].float().mean(1))
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
     def features(self, d):
@@ -449,27 +449,44 @@ class TreeVAE(nn.Module):
 
     # -- paths and images ---------------------------------------------------------------------------------------------
 
-    def _empty_path(self, nodes):
-        return Path(torch.zeros(*nodes.shape, *self.latent_shape, device=nodes.device), nodes)
+    def _descend(self, n, draw, goes_left):
+        """n images go down the tree, each its own way, so that a node computes nothing for those that do not come to it. -> Path
+
+        draw(i, h, rows, z_parent): z_i of the images `rows` at node i of depth h; goes_left(i, h, rows, z_i): (len(rows),) bool.
+        """
+        device = next(self.parameters()).device
+        nodes = torch.full((n, 1 + max(self.depth(leaf) for leaf in self.leaves)), -1, device=device)
+        path = Path(torch.zeros(*nodes.shape, *self.latent_shape, device=device), nodes)
+
+        def visit(i, h, rows, z_parent):
+            if not len(rows):
+                return
+            z = draw(i, h, rows, z_parent)
+            path.z[rows, h], path.nodes[rows, h] = z, i
+            children = self.children_of(i)
+            left = goes_left(i, h, rows, z) if len(children) == 2 else torch.ones_like(rows, dtype=torch.bool)
+            for child, mask in zip(children, (left, ~left)):
+                here = mask.nonzero().squeeze(1)
+                visit(child, h + 1, rows[here], z[here])
+        visit(0, 0, torch.arange(n, device=device), None)
+        return path
 
     def infer_path(self, x, leaf=None):
         """A sample of eq. (2) given x: the z of every node on the path to `leaf`. -> Path
 
-        leaf: (B,) long, a column of `leaf_probs`, not a node id; if None, each image's is sampled from P(l; c). An image's z is computed
-        at the nodes of its own path only.
+        leaf: (B,) long, a column of `leaf_probs`, not a node id; if None, each decision is sampled from eq. (18), and so the leaf
+        from P(l; c), as eq. (6) has it.
         """
         d = self.bottom_up_pass(x)
-        if leaf is None:
-            leaf = torch.multinomial(self._leaf_probs(d), 1).squeeze(1)        # l ~ P(l; c), as eq. (6) has it
-        paths = [torch.tensor(self.path_to(i)) for i in self.leaves]
-        table = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1).to(x.device)    # (n_leaves, D)
-        path = self._empty_path(table[leaf])
-        for i in self.ids:
-            h = self.depth(i)
-            rows = (path.nodes[:, h] == i).nonzero().squeeze(1)                # the images whose path has node i
-            if len(rows):
-                path.z[rows, h] = self._posterior(i, d[h][rows], path.z[rows, h - 1])[0].sample()
-        return path
+
+        def draw(i, h, rows, z_parent):
+            return self._posterior(i, d[h][rows], z_parent)[0].sample()                              # eqs. (16), (17)
+
+        def goes_left(i, h, rows, z):
+            if leaf is None:
+                return torch.rand(len(rows), device=rows.device) < self.nodes[i].router_q(d[h][rows]).sigmoid()    # eq. (18)
+            return torch.tensor([self.children_of(i)[0] in self.path_to(l) for l in self.leaves], device=rows.device)[leaf[rows]]
+        return self._descend(len(x), draw, goes_left)
 
     def sample_path(self, n, node=None, z_root=None):
         """A sample of eqs. (1) and (10): n new paths from the prior. -> Path
@@ -477,26 +494,18 @@ class TreeVAE(nn.Module):
         z_0 ~ N(0, I) or the given z_root (n, latent_channels, r, r); the generative routers choose the way, the
         transformations give the z. node: all paths are made to pass through this node, whatever the routers say above it.
         """
-        D = 1 + max(self.depth(leaf) for leaf in self.leaves)
-        forced = self.path_to(node) if node is not None else [0]
-        nodes = torch.full((n, D), -1, device=next(self.parameters()).device)
-        nodes[:, 0] = 0
-        path = self._empty_path(nodes)
-        path.z[:, 0] = torch.randn_like(path.z[:, 0]) if z_root is None else z_root                  # eq. (7)
-        for i in self.ids:
-            h, children = self.depth(i), self.children_of(i)
-            rows = (nodes[:, h] == i).nonzero().squeeze(1)
-            if i and len(rows):
-                path.z[rows, h] = self.nodes[i].transformation(path.z[rows, h - 1]).sample()         # eq. (8)
-            if children and len(rows):
-                if h + 1 < len(forced):
-                    nodes[rows, h + 1] = forced[h + 1]
-                elif len(children) == 1:
-                    nodes[rows, h + 1] = children[0]
-                else:                                                                                # eq. (9)
-                    left = torch.rand(len(rows), device=nodes.device) < self.nodes[i].router_p(path.z[rows, h]).sigmoid()
-                    nodes[rows, h + 1] = torch.where(left, children[0], children[1])
-        return path
+        forced = self.path_to(node) if node is not None else []
+
+        def draw(i, h, rows, z_parent):
+            if i == 0:                                                                               # eq. (7)
+                return torch.randn(n, *self.latent_shape, device=rows.device) if z_root is None else z_root
+            return self.nodes[i].transformation(z_parent).sample()                                   # eq. (8)
+
+        def goes_left(i, h, rows, z):
+            if h + 1 < len(forced):
+                return torch.full_like(rows, forced[h + 1] == self.children_of(i)[0], dtype=torch.bool)
+            return torch.rand(len(rows), device=rows.device) < self.nodes[i].router_p(z).sigmoid()   # eq. (9)
+        return self._descend(n, draw, goes_left)
 
     def decode(self, path):
         """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1], to which colour is clamped."""
