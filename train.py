@@ -109,7 +109,7 @@ class Config:
     decoder: str = setting("mlp", "the same for the leaves' decoders", ["cnn", "resnet", "mlp"])
     tree_width: int = setting(32, "their size: channels next to the image of a cnn; an mlp has 8 and 4 times as many units", least=1)
     max_depth: int = setting(6, "depth the tree may reach", least=1)
-    max_leaves: int = setting(10, "leaves (clusters) the tree may reach", least=2)
+    max_leaves: int = setting(10, "leaves (clusters) the tree may reach; 1: the root alone, a plain VAE", least=1)
     min_share: float = setting(0.01, "leaves with a smaller share of the images do not count to them, and are pruned at the end")
     tree_batch_size: int = setting(256, "images a step, all parameters", least=2)
     subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=2)
@@ -701,7 +701,7 @@ class Run:
     def __init__(self, config, device, state=None):
         self.config, self.device, self.folder = config, device, File(config.out)
         self.state = state or dict(phase="initial", node=None, guide=None, epoch=0, batch=0,
-                                   parents=[-1, 0, 0], seconds=0.0, log=[], frames=[])
+                                   parents=[-1, 0, 0][:2 * config.max_leaves - 1], seconds=0.0, log=[], frames=[])
         self.saved = self.shown = time.monotonic()
         self.started, self.stop = self.saved - self.state["seconds"], 0
 
@@ -859,7 +859,7 @@ def next_phase(tree, images, config, phase):
     tree.eval()
     if phase == "finetune":
         return "diffusion", None, None, "the tree is done"
-    if phase == "initial" and config.guided:
+    if phase == "initial" and config.guided and config.max_leaves > 1:
         return "grow", 0, torch.ones(len(images), dtype=torch.bool, device=images.device), "the root's split is made anew, along the best cut"
     splits = (len(tree.parents) - 3) // 2                              # after the root's
     if phase == "grow" and splits and splits % 3 == 0 and config.intermediate_epochs:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = {name: (ROOT / f"{name}.py").read_text() for name in ("treevae", "path_encoder", "diffusion", "train", "sample", "metrics")}
 README = (ROOT / "README.md").read_text()
-ROWS = [row.split("|")[1:-1] for row in README.splitlines() if re.match(r"\| \(\d", row)]
+ROWS = [row.split("|")[1:-1] for row in README.split("| held by |\n")[1].split("\n\n")[0].splitlines()[1:]]
 
 
 def numbers(text):
@@ -31,11 +31,8 @@ def test_every_equation_is_in_the_map_and_cited_in_the_code():
 def test_every_name_in_the_map_exists():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for _, _, where, held_by in ROWS:
-        for name in re.findall(r"`([\w.]+)`", where):
-            module, *rest = name.split(".")
-            functools.reduce(getattr, rest, importlib.import_module(module))
-        assert all(f"def {name}(" in tests for name in re.findall(r"`(\w+)`", held_by)) and "`" in held_by
-    for name in re.findall(r"`((?:treevae|path_encoder|diffusion|train)\.\w[\w.]+)`", README):
-        if not name.endswith((".py", ".pt")):
-            module, *rest = name.split(".")
-            functools.reduce(getattr, rest, importlib.import_module(module))
+        held = re.findall(r"`(\w+)`", held_by)
+        assert held and "`" in where and all(f"def {name}(" in tests for name in held)
+    for name in re.findall(rf"`((?:{'|'.join(CODE)})\.(?!p[ty]`)\w[\w.]+)`", README):
+        module, *rest = name.split(".")
+        functools.reduce(getattr, rest, importlib.import_module(module))

@@ -91,6 +91,14 @@ def test_sampling_is_the_same_for_a_seed(finished):
     assert torch.allclose(*images, atol=0.02)                                  # bf16 rounds by batch
 
 
+def test_one_leaf_is_a_plain_vae(tmp_path):
+    train.main([*TINY, "--max-leaves", "1", "--out", str(tmp_path)])
+    assert torch.load(tmp_path / "tree.pt", weights_only=True)["parents"] == [-1]
+    _, _, data, tree, _ = train.load_run(tmp_path, "cpu")
+    assert tree.leaf_probs(data.images[:3].float() / 255).tolist() == [[1.0]] * 3
+    sample.main([str(tmp_path), "--n", "1", "--steps", "2", "--device", "cpu"])
+
+
 class Interrupted(Exception):
     pass
 
@@ -349,7 +357,7 @@ def test_shapes_are_the_same_everywhere_and_even():
     (["--seed", "one"], "invalid int value"),
     (["--tree-lr", "nan"], "--tree-lr must be"),
     (["--tree-batch-size", "0"], "--tree-batch-size must be"),
-    (["--max-leaves", "1"], "--max-leaves must be"),
+    (["--max-leaves", "0"], "--max-leaves must be"),
     (["--max-leaves", "40", "--max-depth", "5"], "at most 32 leaves"),
     (["--max-leaves", "30", "--min-share", "0.05"], "lower --min-share"),
     (["--unet-multipliers", "1,two"], "separated by commas"),
