@@ -10,8 +10,8 @@
 Everything lands in runs/<dataset> (or --out): config.json, log.csv, tree.pt, diffusion.pt, checkpoint.pt, curves.png and
 growth.png. `sample.py` and `metrics.py` take that folder.
 
-Read it from the bottom: `main` is the recipe, `train_tree` and `train_diffusion` are its two stages, `train_phase` the loop
-both share; above them the settings, the data sets and the run's folder.
+Read first `train_tree`, `next_phase`, `train_phase` (the loop of both stages) and `train_diffusion`, then `main`, the recipe. The
+settings and data sets above them and the run's files below are for looking things up.
 """
 
 import argparse
@@ -110,21 +110,21 @@ class Config:
     tree_width: int = setting(32, "their size: channels next to the image of a cnn; an mlp has 8 and 4 times as many units", least=1)
     max_depth: int = setting(6, "depth the tree may reach", least=1)
     max_leaves: int = setting(10, "leaves (clusters) the tree may reach; 1: the root alone, a plain VAE", least=1)
-    min_share: float = setting(0.01, "leaves with a smaller share of the images do not count to them, and are pruned at the end")
-    tree_batch_size: int = setting(256, "images a step, all parameters", least=2)
+    min_share: float = setting(0.01, "leaves with a smaller share of the images do not count towards max_leaves, and are pruned before fine-tuning")
+    tree_batch_size: int = setting(256, "images a step when all parameters train; a leaf with fewer images is never split", least=2)
     subtree_batch_size: int = setting(128, "images a step while only a new split trains", least=2)
     tree_lr: float = setting(1e-3, "learning rate of Adam, stage 1")
     tree_lr_decay: str = setting("cosine", "within a phase: cosine (to 0) or step (x0.1 every 100 epochs)", ["cosine", "step"])
     weight_decay: float = setting(1e-5, "weight decay of Adam, stage 1")
     contrastive: float = setting(100.0, "weight of the contrastive loss in the initial phase; 0: no contrastive loss at all")
-    contrastive_later: float = setting(0.1, "what is left of it when all parameters train again, or a split without guide, as a share")
+    contrastive_later: float = setting(0.1, "the share of that weight when all parameters train again, and in splits without a guide")
     augmented_elbo: bool = setting(False, "the ELBO, too, sees random views of the images, as in the paper")
-    guide: float = setting(30.0, "splits start along the best cut of their images' features; weight in the first half (0 without contrastive)")
+    guide: float = setting(30.0, "weight that makes a new router follow the best cut of its images' features; falls to 0 in half of the split's epochs")
     initial_epochs: int = setting(20, "epochs of the root and its two leaves", least=1)
     subtree_epochs: int = setting(5, "epochs of each new split, on its leaf's images", least=1)
     intermediate_epochs: int = setting(0, "epochs of all parameters after every third split")
     finetune_epochs: int = setting(12, "epochs of all parameters once the tree is grown and pruned")
-    kl_start: float = setting(0.02, "KL weight in the first epoch of the initial phase")
+    kl_start: float = setting(0.02, "KL weight in the first epoch of the initial phase; small, or q collapses to the prior (kl_root to 0)")
     kl_start_later: float = setting(0.1, "the same in all later phases")
     kl_per_epoch: float = setting(0.08, "what an epoch adds to it, up to 1")
     # stage 2: the diffusion model
@@ -188,7 +188,8 @@ HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fa
 class Data(NamedTuple):
     """images: (N, C, H, W) uint8, or vectors (N, n) in steps of 1/255; labels: (N,) long; each for training and for testing.
 
-    classes: the labels' names; [] where there are none, and the labels all 0. views: for `random_view`. words: the vectors' n.
+    classes: the labels' names; [] where there are none, and the labels all 0. views: for `random_view`. words: what the n numbers of a
+    vector count.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -326,6 +327,8 @@ def decode(path, crop, side=None):
             if re.match(rb"\x89PNG.{20}\x10\0", file.read(26), re.DOTALL):      # which the loader would cut off at 255
                 return "16 bits a pixel, 8 are wanted"
         image = sets.folder.default_loader(path)
+        turn = {3: 3, 6: 4, 8: 2}.get(image.getexif().get(274))        # EXIF's orientation, as Pillow's half and quarter turns
+        image = image.transpose(turn) if turn else image
         image = TF.center_crop(image, min(crop, *image.size))
         return TF.pil_to_tensor(TF.resize(image, [side, side]) if side else image)
     except Exception as error:                                         # a damaged file shows itself in many ways
@@ -370,7 +373,7 @@ def divide(images, names, test=None, groups=None, every=10):
     """Data of images (N, ...) and their classes' names (N,), in an order that is random but always the same.
 
     test: (N,) bool, which images are for testing. If there is none, every so-many-th of each group, by default of each class;
-    of fewer images than that all are for both.
+    if that leaves none for testing, all are for both.
     """
     classes, labels = np.unique(names, return_inverse=True)
     classes, labels = [str(name).encode("utf-8", "replace").decode() for name in classes], torch.from_numpy(labels)
@@ -544,7 +547,7 @@ DATASETS = {
     "shapes": DataSet(lambda config: Data(*draw_shapes(8000, 0), *draw_shapes(2000, 1), SHAPES), DRAWN),
     "shapes-rgb": DataSet(lambda config: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES), DRAWN_RGB,
                           PAPER_COLOUR),
-    "mnist": DataSet(partial(load_arrays, sets.MNIST)),
+    "mnist": DataSet(partial(load_arrays, sets.MNIST), views=Views(flip_p=0.0)),      # a mirrored digit is another sign
     "fashion": DataSet(partial(load_arrays, sets.FashionMNIST)),
     "cifar10": DataSet(partial(load_arrays, sets.CIFAR10), {}, PAPER_COLOUR),
     "cifar100": DataSet(partial(load_arrays, CIFAR20), dict(max_leaves=20), PAPER_COLOUR | dict(max_leaves=20)),
@@ -694,8 +697,9 @@ class Run:
 
     The checkpoint before it stays as checkpoint_old.pt. stop: the signal that asked the run to stop, or 0.
 
-    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"), node (the leaf being split),
-    epoch, batch, the tree, the networks and optimizer in training, random states, log rows, pictures of the tree.
+    state: phase ("initial", "grow", "intermediate", "finetune", "diffusion" or "done"); node, mask, guide: the leaf being split, its
+    images and where they fall apart; epoch and batch, the next; parents and tree, as they were when the phase began; training, the
+    networks and optimizer as they are now; random states; sums and log; frames, pictures of the tree; config and images, whose run it is.
     """
 
     def __init__(self, config, device, state=None):
@@ -766,7 +770,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
     """The loop of every phase: epochs over `images` (uint8) with a fresh Adam. Resumes in the middle of an epoch.
 
     step_loss(x, epoch, progress) -> the scalar to minimise, {name: scalar} to log; x (B, C, H, W) in [0, 1], progress 0..1.
-    lr_decay: "cosine" to 0 over the phase, "step" x0.1 every 100 epochs, or "constant"; after warmup_steps from 0, linearly.
+    lr_decay: "cosine" to 0 over the phase, "step" x0.1 every 100 epochs, or "constant". Over warmup_steps lr rises linearly to that.
     """
     state, device = run.state, run.device
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay,
@@ -781,12 +785,12 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
     if rank:
         torch.manual_seed(run.config.seed + 1_000_003 * (rank + n * len(state["log"])))      # other noise for other images
     batch_size = min(batch_size, len(images)) // n * n                 # the same with any number of processes
-    n_batches = len(images) // batch_size                              # what is left over joins another epoch's batches
+    n_batches = len(images) // batch_size                              # the last, smaller one is left out; the next epoch shuffles anew
     sums, began, done = state["sums"] if state.get("training") else {}, time.monotonic(), 0
 
-    def means(n):
-        """The means of what was logged in the n steps of this epoch; stops the run where one is not a number."""
-        values = {name: float(value) / n for name, value in sums.items()}
+    def means(steps):
+        """The means of what was logged in the steps of this epoch; stops the run where one is not a number."""
+        values = {name: float(value) / steps for name, value in sums.items()}
         weights = sum(torch._foreach_norm([p.detach() for p in network.parameters()])).item()
         if not math.isfinite(sum(values.values()) + weights):
             bad = ", ".join(name for name, value in values.items() if not math.isfinite(value)) or "a weight"
@@ -820,7 +824,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                 run.say(f"{title}  epoch {epoch + 1}/{epochs}  {in_words(means(batch + 1))}  {speed * batch_size:.0f} images/s  "
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
             if run.stop or time.monotonic() - run.saved > SAVE_SECONDS:
-                means(batch + 1)
+                means(batch + 1)                                       # ends the run where something is not a number: that is not saved
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
                          sums={name: float(value) for name, value in sums.items()})
             if run.stop:
@@ -860,23 +864,26 @@ def next_phase(tree, images, config, phase):
     if phase == "finetune":
         return "diffusion", None, None, "the tree is done"
     if phase == "initial" and config.guided and config.max_leaves > 1:
-        return "grow", 0, torch.ones(len(images), dtype=torch.bool, device=images.device), "the root's split is made anew, along the best cut"
+        return "grow", 0, torch.ones(len(images), dtype=torch.bool, device=images.device), "the root's routers and children train again, along the best cut"
     splits = (len(tree.parents) - 3) // 2                              # after the root's
     if phase == "grow" and splits and splits % 3 == 0 and config.intermediate_epochs:
         return "intermediate", None, None, f"all parameters train after {splits} splits"
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-    large = (sizes >= config.min_share * len(images)).sum()                      # leaves that pruning will take do not count
-    if large < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:
+    stay = (sizes >= config.min_share * len(images)).sum()             # leaves that pruning will take do not count
+    if stay < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:    # or leaves that stay tiny would be split for ever
         split = tree.next_split(probs, config.tree_batch_size, hard=config.guided)
         if split:
             leaf, mask = split
             n = sizes[tree.leaves.index(leaf)] if config.guided else mask.sum()
             children = tree.grow(leaf)
-            return "grow", leaf, mask, f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}"
+            return "grow", leaf, mask, f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}, which train on {mask.sum():d}"
     pruned = []
-    while (leaf := tree.next_prune(leaf_probs(tree, images),
-                                   config.min_share if len(tree.leaves) <= config.max_leaves else 1.0)) is not None:
+    while True:
+        share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0       # too many leaves: the smallest goes anyway
+        leaf = tree.next_prune(leaf_probs(tree, images), share)
+        if leaf is None:
+            break
         tree.prune(leaf)
         pruned.append(leaf)
     done = f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
@@ -895,21 +902,25 @@ def train_tree(run, tree, data):
         contrastive = config.contrastive * (1.0 if phase == "initial" else config.contrastive_later)
 
         def step_loss(x, epoch, progress):
-            view = random_view(x, data.views) if contrastive and not guide else None
+            view = random_view(x, data.views) if contrastive and not guide else None     # a guide is all that a split needs
             if config.augmented_elbo:
                 x = random_view(x, data.views)
             return tree.loss(x, min(1.0, kl_start + config.kl_per_epoch * epoch), node, view, contrastive,
                              guide, config.guide * max(0.0, 1 - 2 * progress) if guide else 0.0)
 
-        tree.train_only(node)
+        tree.train_only(node)                                          # a split: its routers and children; all else is frozen
         train_phase(run, phase if node is None else f"grow {node}", step_loss, tree,
                     data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
                     config.tree_batch_size if node is None else config.subtree_batch_size, config.tree_lr, config.tree_lr_decay,
                     config.weight_decay)
-        state["frames"].append(dict(picture_of(tree, data.images), title=f"{phase}: {len(tree.leaves)} leaves" if node is None else
-                                    f"leaf {node} was split"))
-        phase, node, mask, note = next_phase(tree, data.images, config, phase)
-        state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=note))
+        def frame(title):
+            state["frames"].append(dict(picture_of(tree, data.images), title=title))
+        frame(f"{phase}: {len(tree.leaves)} leaves" if node is None else f"leaf {node} was split")
+        n_leaves = len(tree.leaves)
+        phase, node, mask, why = next_phase(tree, data.images, config, phase)
+        state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=why))
+        if len(tree.leaves) < n_leaves:
+            frame(f"pruned: {len(tree.leaves)} leaves")
         guide = make_guide(tree, data.images[mask]) if node is not None and config.guided else None
         run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), guide=guide, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
@@ -967,7 +978,7 @@ def moving_average(networks, decay):
 def train_diffusion(run, tree, data):
     """Stage 2: the tree is frozen; the U-Net and the path encoder learn to denoise each image given its sampled path."""
     config, device = run.config, run.device
-    tree.requires_grad_(False).eval()
+    tree.requires_grad_(False).eval()                                  # eval: a path is then what it is in sampling
     diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree).to(device)
     ema = moving_average(networks, config.ema_decay)
 
@@ -1074,7 +1085,8 @@ def draw_training(run, words=None):
 
 def parse_flags(argv):
     """argv -> Config, and "resume", "overwrite" or "start". What is not typed comes from --quick, the data set or the preset."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="In brackets: the preset tiny. Other presets and "
+                                     "some data sets have settings of their own; a run's are in its config.json.")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
     how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, whose files go")
@@ -1085,15 +1097,16 @@ def parse_flags(argv):
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + f.name.replace("_", "-"), default=None,
-                            help=f"{f.metadata['help']} (default: {f.default if f.default != '' else 'empty'})", **kind)
+                            help=f"{f.metadata['help']} (tiny: {f.default if f.default != '' else 'empty'})", **kind)
     flags = vars(parser.parse_args(argv))
     quick, asked = flags.pop("quick"), [name for name in ("resume", "overwrite") if flags.pop(name)]
     how = asked[0] if asked else "start"
     typed = {name: value for name, value in flags.items() if value is not None}
     source = asdict(load_config(typed["tree"])) if typed.get("tree") and how != "resume" else {}
+    own = os.path.expanduser(typed.get("dataset", ""))
+    if own not in DATASETS and os.path.exists(own):
+        typed["dataset"] = os.path.realpath(own)                       # the same from any folder
     dataset = typed.get("dataset") or source.get("dataset", "shapes")
-    if dataset not in DATASETS and os.path.exists(os.path.expanduser(dataset)):
-        dataset = typed["dataset"] = os.path.realpath(os.path.expanduser(dataset))    # the same from any folder
     typed["out"] = typed.get("out") or f"runs/{File(dataset).name.removesuffix('.npz')}"
     names = [f.name for f in fields(Config)]
     stage_2 = ("out", "device", "data_root", "seed", "bf16", *names[names.index("tree"):])
@@ -1102,7 +1115,10 @@ def parse_flags(argv):
         fail(f"a resumed run keeps its own settings, and --tree those of the tree: leave out --{kept[0].replace('_', '-')}, or "
              "train anew in another folder with --out")
     if how == "resume":
-        return load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed}), how
+        config = load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed})
+        if typed.get("dataset", config.dataset) != config.dataset:
+            fail(f"the run in {config.out} is of {config.dataset}, not of {typed['dataset']}: --out names the run to go on with")
+        return config, how
     preset = typed.pop("preset", "auto")
     if preset == "auto":
         preset = "small" if torch.cuda.is_available() else "tiny"
@@ -1121,7 +1137,7 @@ def check(config):
         if choices and str(value).removesuffix(" --quick") not in map(str, choices):
             fail(f"{flag} must be one of {', '.join(map(str, choices))}, not {value!r}")
         if f.type in (int, float) and not f.metadata["least"] <= value < 2 ** 31:
-            fail(f"{flag} must be a number of at least {f.metadata['least']}, not {value}")
+            fail(f"{flag} must be a number of at least {f.metadata['least']} and below 2^31, not {value}")
     if config.dataset not in DATASETS and not os.path.exists(config.dataset):
         fail(f"invalid choice: {config.dataset!r}; --dataset must be one of {', '.join(DATASETS)}, or the path of a folder of "
              "images or an .npz file")
@@ -1230,8 +1246,8 @@ def load_run(folder, device="auto", data_root=None, need_diffusion=True):
     return config, device, data, tree.requires_grad_(False).eval(), networks
 
 
-FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth*",
-         *(f"{name}.png" for name in ("curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
+FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.gif",
+         *(f"{name}.png" for name in ("growth", "growth_scores", "curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
                                       "leaf_*", "node_*")))                                      # what --overwrite takes away
 
 

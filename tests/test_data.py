@@ -259,6 +259,17 @@ def test_the_middle_of_an_image_is_what_stays(tmp_path):
     assert torch.equal(load(tmp_path / "wide").images[0], (255 * x[:, :, 28:56] + 0.5).clamp(0, 255).byte())
 
 
+def test_a_photo_is_turned_as_its_exif_says(tmp_path):
+    x = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    x[:, :14] = 255                                                            # the upper half is white
+    for orientation, white in ((1, (0, 5)), (3, (27, 5)), (6, (5, 27)), (8, (5, 0))):
+        image = to_pil_image(x)
+        image.getexif()[274] = orientation
+        image.save(tmp_path / "photo.png", exif=image.getexif())
+        y = train.decode(tmp_path / "photo.png", 100)[0]
+        assert y[white] == 255 and y[27 - white[0], 27 - white[1]] == 0, orientation
+
+
 def test_bad_images_are_named_skipped_and_counted(tmp_path, capsys):
     folder = tmp_path / "pets"
     save_images(folder, 20)

@@ -63,6 +63,16 @@ def test_stage_2_on_the_tree_of_another_run(finished, tmp_path, capsys):
         assert not (tmp_path / "new" / "config.json").exists()
 
 
+def test_flags_of_runs_that_are_there_already(finished, tmp_path, capsys):
+    """--tree keeps the data set of its run, the user's own images too; --resume does not go on with another."""
+    config = json.loads((finished / "config.json").read_text()) | dict(dataset=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.parse_flags(["--tree", str(tmp_path), "--out", "new"])[0].dataset == str(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "--dataset", "mnist", "--out", str(finished)])
+    assert stop.value.code == 2 and "is of shapes, not of mnist" in capsys.readouterr().err
+
+
 def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
     monkeypatch.setitem(metrics.RECIPES, "small", (1, 3e-3))
     sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
@@ -229,7 +239,7 @@ def test_phases_follow_the_algorithm(monkeypatch):
     while phase != "diffusion":
         phase, node, mask, note = train.next_phase(tree, images, config, phase)
         seen.append(phase)
-        assert phase != "grow" or (f"leaf {node} has the most images, {mask.sum()}" if node else "the root's split") in note
+        assert phase != "grow" or (f"leaf {node} has the most images, {mask.sum()}" if node else "the root's routers") in note
         assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
     assert seen == ["grow", "grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
     assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
