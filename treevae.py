@@ -36,7 +36,7 @@ class Gaussian(NamedTuple):
 
     def sample(self):
         """One reparametrised sample, (B, latent_channels, r, r)."""
-        return self.mu + self.var.sqrt() * torch.randn_like(self.mu)
+        return self.mu.addcmul(self.var.sqrt(), torch.randn_like(self.mu))
 
     def log_prob(self, z):
         """log N(z; mu, var) in nats, summed over the dimensions of z: (B,)."""
@@ -52,7 +52,7 @@ class Gaussian(NamedTuple):
         variances is divided by. Each counts by its precision: what the image says, and what the parent does.
         """
         share = other.var / (self.var + other.var)
-        return Gaussian(share * self.mu + (1 - share) * other.mu, share * self.var)
+        return Gaussian(other.mu.lerp(self.mu, share), share * self.var)
 
 
 class Path(NamedTuple):
