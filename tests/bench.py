@@ -3,6 +3,7 @@
 Seconds and yardsticks; the yardstick is one 2048 x 2048 x 2048 float32 matrix product in the same process.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -90,8 +91,10 @@ def bench_diffusion(yardstick):
             return tree.infer_path(x)
     report("conditioning: leaf probabilities and path latents", seconds(condition), yardstick)
     y = encoder(*condition()).detach()
-    for dtype in (torch.float32, torch.bfloat16):
-        print(dtype)
+    for compiled, dtype in itertools.product((False, True) if device.type == "cuda" else (False,), (torch.float32, torch.bfloat16)):
+        print(dtype, "compiled" * compiled)
+        if compiled:
+            net.compile()
         def loss():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return diffusion.loss(net, x, y)

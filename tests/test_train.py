@@ -109,6 +109,15 @@ def test_one_leaf_is_a_plain_vae(tmp_path):
     sample.main([str(tmp_path), "--n", "1", "--steps", "2", "--device", "cpu"])
 
 
+def test_compile_is_of_the_u_net_and_keeps_its_names(finished, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    train.main(["--tree", str(finished), "--compile", "--out", str(tmp_path), "--device", "cpu"])
+    assert [type(module) for module in compiled] == [train.UNet]
+    ours, plain = (torch.load(folder / "diffusion.pt", weights_only=True) for folder in (tmp_path, finished))
+    assert ours.keys() == plain.keys()
+
+
 class Interrupted(Exception):
     pass
 
