@@ -293,9 +293,10 @@ def look_at(run, title, n, make, features, head):
 
 @torch.no_grad()
 def denoising_loss(painter, images, seed=0, buckets=10):
-    """L_simple, eq. (30), a pixel, of images (N, C, H, W) uint8 given their paths: {"denoising loss, all t": mean, "..., t in 0..99": ...}.
+    """Eq. (30), as a mean over pixels, of images (N, C, H, W) uint8 given their paths: {"denoising loss, all t": mean, "..., t in 0..99": ...}.
 
-    Each image at one random time in each bucket; the noise is a function of the seed, so that runs can be compared.
+    Each image gets one random t in each of `buckets` equal parts of 0..T-1. On the same tree the same seed gives the same noise, t and
+    paths: what differs between two runs is the denoiser's.
     """
     T = painter.config.timesteps
     buckets = min(buckets, T)

@@ -153,6 +153,7 @@ class Config:
         return self.guide > 0 and self.contrastive > 0
 
 
+FREE = ("device", "data_root", "compile")                              # what a resumed run may change
 PRESETS = {
     "tiny": {},
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
@@ -301,7 +302,7 @@ def cached(config, source, files, make):
     name = File(config.dataset).name + f"_{config.image_size}" * bool(config.image_size) + ".cache"
     places = [source.parent / name, File(config.data_root) / name]
     stamps = [(path, (file := os.lstat(path)).st_size, file.st_mtime_ns) for path in files]
-    key = hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
+    key = hashlib.sha256(repr(("turned", stamps)).encode("utf-8", "surrogateescape")).hexdigest()
     for place in places:
         with contextlib.suppress(Exception):                           # there is none, or it is damaged
             if (saved := read_saved(place))["key"] == key:
@@ -328,8 +329,8 @@ def decode(path, crop, side=None):
             if re.match(rb"\x89PNG.{20}\x10\0", file.read(26), re.DOTALL):      # which the loader would cut off at 255
                 return "16 bits a pixel, 8 are wanted"
         image = sets.folder.default_loader(path)
-        turn = {3: 3, 6: 4, 8: 2}.get(image.getexif().get(274))        # EXIF's orientation, as Pillow's half and quarter turns
-        image = image.transpose(turn) if turn else image
+        with contextlib.suppress(Exception):                           # EXIF's orientation, if it can be read, as Pillow's transposes
+            image = image.transpose({2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}[image.getexif()[274]])
         image = TF.center_crop(image, min(crop, *image.size))
         return TF.pil_to_tensor(TF.resize(image, [side, side]) if side else image)
     except Exception as error:                                         # a damaged file shows itself in many ways
@@ -780,6 +781,9 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
     if state.get("training"):                                          # resumed in the middle of this phase
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
+        for p, moments in optimizer.state.items():                     # fused Adam wants them laid out as p is on this device
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.zeros_like(p).copy_(moments[name])
         set_random_state(state["random"], device)
     (rank, n) = world()
     agree(network.state_dict().values(), mean=False)
@@ -933,7 +937,11 @@ def make_guide(tree, images, n=2000):
     x = images[torch.randperm(len(images))[:n].to(images.device)].float() / 255
     points = tree.eval().features(tree.bottom_up_pass(x))
     agree([points], mean=False)
-    return None if (points == points[0]).all() else [points.cpu(), normalized_cut(points)]
+    if (points == points[0]).all():
+        return None
+    left = normalized_cut(points).float().to(points.device)
+    agree([left], mean=False)                                          # which side is which is arbitrary
+    return [points.cpu(), left.cpu() > 0.5]
 
 
 def build_tree(config, image_shape, parents=(-1, 0, 0)):
@@ -1114,12 +1122,12 @@ def parse_flags(argv):
     typed["out"] = typed.get("out") or f"runs/{File(dataset).name.removesuffix('.npz')}"
     names = [f.name for f in fields(Config)]
     stage_2 = ("out", "device", "data_root", "seed", "bf16", "compile", *names[names.index("tree"):])
-    may = ("dataset", "out", "device", "data_root") if how == "resume" else stage_2 if source else (*names, "quick")
+    may = ("dataset", "out", *FREE) if how == "resume" else stage_2 if source else (*names, "quick")
     if kept := [name for name in [*typed, *["quick"] * quick] if name not in may]:
         fail(f"a resumed run keeps its own settings, and --tree those of the tree: leave out --{kept[0].replace('_', '-')}, or "
              "train anew in another folder with --out")
     if how == "resume":
-        config = load_config(typed["out"], **{name: typed[name] for name in ("device", "data_root") if name in typed})
+        config = load_config(typed["out"], **{name: typed[name] for name in FREE if name in typed})
         if typed.get("dataset", config.dataset) != config.dataset:
             fail(f"the run in {config.out} is of {config.dataset}, not of {typed['dataset']}: --out names the run to go on with")
         return config, how
@@ -1178,7 +1186,7 @@ def load_checkpoint(path, device):
 
 def identity(config):
     """What a checkpoint and a config must agree in: all settings but those that a resumed run may change."""
-    return {name: value for name, value in asdict(config).items() if name not in ("out", "device", "data_root")}
+    return {name: value for name, value in asdict(config).items() if name not in ("out", *FREE)}
 
 
 def load_state(config, images=None):

@@ -384,9 +384,9 @@ class TreeVAE(nn.Module):
         -E[log p(x | z)] + kl_weight * (the three KL), eq. (21); + contrastive_weight * `contrastive_loss`, if there is a `view`,
         other looks at the same images. The means are of `elbo`'s terms, and, as "P_3", of P(l; c) of leaf 3.
 
-        guide, not in the paper: where the images of node `below` fall apart, as `features` of some of them, (n, hidden), and
-        `normalized_cut` of these, (n,) bool: left or not. Its 7 nearest points vote for an image, and guide_weight times the
-        cross-entropy between their vote and the decision at `below` is added. All x count alike: they are taken to be the node's.
+        guide, not in the paper: (points, left). points (n, hidden): `features` of some images of node `below`; left (n,) bool: their
+        `normalized_cut`. The share of the 7 nearest points of an x that goes left is what its decision at `below` shall be; guide_weight
+        times the cross-entropy is added. All x count alike: they are taken to be the node's.
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
@@ -396,10 +396,10 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         if guide_weight > 0:
-            points, goes_left = guide
+            points, left = guide
             logit = next(v.logit_q for v in visits if v.node == below)
-            near = torch.cdist(self.features([h[:len(x)] for h in d]), points).topk(min(7, len(points)), largest=False).indices
-            loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, goes_left[near].float().mean(1))
+            near = torch.cdist(self.features([d[-1][:len(x)]]), points).topk(min(7, len(points)), largest=False).indices      # (B, 7)
+            loss = loss + guide_weight * F.binary_cross_entropy_with_logits(logit, left[near].float().mean(1))
         return loss, means | {f"P_{v.node}": v.log_reach_q.exp().mean() for v in visits if self.nodes[v.node].decoder is not None}
 
     def features(self, d):
@@ -450,9 +450,10 @@ class TreeVAE(nn.Module):
     # -- paths and images ---------------------------------------------------------------------------------------------
 
     def _descend(self, n, draw, goes_left):
-        """n images go down the tree, each its own way, so that a node computes nothing for those that do not come to it. -> Path
+        """Send n images from the root to a leaf each; a node computes only the images that come to it. -> Path
 
-        draw(i, h, rows, z_parent): z_i of the images `rows` at node i of depth h; goes_left(i, h, rows, z_i): (len(rows),) bool.
+        draw(i, h, rows, z_parent): z_i of the images `rows` at node i of depth h. goes_left(i, h, rows, z_i): (len(rows),) bool, asked
+        only where there are two children.
         """
         device = next(self.parameters()).device
         nodes = torch.full((n, 1 + max(self.depth(leaf) for leaf in self.leaves)), -1, device=device)
@@ -475,9 +476,9 @@ class TreeVAE(nn.Module):
         """A sample of eq. (2) given x: the z of every node on the path to `leaf`. -> Path
 
         leaf: (B,) long, a column of `leaf_probs`, not a node id; if None, each decision is sampled from eq. (18), and so the leaf
-        from P(l; c), as eq. (6) has it.
+        from P(l; c). In eval mode: otherwise batch norm sees another batch at each node, and may not see one image alone.
         """
-        d = self.bottom_up_pass(x)
+        d, leaf = self.bottom_up_pass(x), leaf if leaf is None else leaf.to(x.device)
 
         def draw(i, h, rows, z_parent):
             return self._posterior(i, d[h][rows], z_parent)[0].sample()                              # eqs. (16), (17)
@@ -485,14 +486,16 @@ class TreeVAE(nn.Module):
         def goes_left(i, h, rows, z):
             if leaf is None:
                 return torch.rand(len(rows), device=rows.device) < self.nodes[i].router_q(d[h][rows]).sigmoid()    # eq. (18)
-            return torch.tensor([self.children_of(i)[0] in self.path_to(l) for l in self.leaves], device=rows.device)[leaf[rows]]
+            under_left = [self.children_of(i)[0] in self.path_to(l) for l in self.leaves]            # of each column
+            return torch.tensor(under_left, device=rows.device)[leaf[rows]]
         return self._descend(len(x), draw, goes_left)
 
     def sample_path(self, n, node=None, z_root=None):
         """A sample of eqs. (1) and (10): n new paths from the prior. -> Path
 
         z_0 ~ N(0, I) or the given z_root (n, latent_channels, r, r); the generative routers choose the way, the
-        transformations give the z. node: all paths are made to pass through this node, whatever the routers say above it.
+        transformations give the z. node: all paths are made to pass through this node, whatever the routers say above it; z_0 is
+        of the prior all the same, not of the images that come to the node.
         """
         forced = self.path_to(node) if node is not None else []
 
@@ -578,9 +581,9 @@ class TreeVAE(nn.Module):
 def normalized_cut(points, neighbours=15, least=0.15):
     """Where points fall apart: the best cut of their nearest-neighbour graph in two (Shi and Malik 2000). (N, k) -> (N,) bool.
 
-    The graph joins each point with its `neighbours` nearest, twice where both say so. Of the cuts along the second eigenvector
-    of its normalised Laplacian, the one with the smallest cut / weight of one side + cut / weight of the other; `least`: share of
-    the smaller side, so that no handful of outliers is cut off. Which side is True means nothing. O(N^3): for a few thousand points.
+    The graph joins each point with its `neighbours` nearest, twice where both say so. Of the cuts along the second eigenvector of its
+    normalised Laplacian, the one with the smallest cut(A, B) / vol(A) + cut(A, B) / vol(B), vol the sum of the degrees; `least`: share
+    of the smaller side, so that no handful of outliers is cut off. Which side is True means nothing. O(N^3): for a few thousand points.
     """
     points = points.cpu().double()
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
@@ -588,11 +591,12 @@ def normalized_cut(points, neighbours=15, least=0.15):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T
     degree = graph.sum(1)
-    # the Laplacian is 1 minus this matrix: its second smallest eigenvalue is the second largest here
+    # the normalised Laplacian is 1 minus this matrix, so its second smallest eigenvalue is the second largest here; dividing by
+    # the root of the degrees gives the y of (D - W) y = lambda D y, whose order is the order of the cuts
     second = torch.linalg.eigh(graph / (degree[:, None] * degree).sqrt()).eigenvectors[:, -2] / degree.sqrt()
     order = second.argsort()
-    graph, weight = graph[order][:, order], degree[order].cumsum(0)            # weight[i] of the points up to i
-    cut = weight - 2 * graph.tril().sum(1).cumsum(0)                           # their weight less the edges among them
+    graph, weight = graph[order][:, order], degree[order].cumsum(0)            # vol of the points up to each
+    cut = weight - 2 * graph.tril().sum(1).cumsum(0)                           # cut(A, B) = vol(A) - the edges inside A, each from both its ends
     cost = (cut / weight + cut / (weight[-1] - weight))[:-1]
     low = int(least * len(points))
     size = 1 + low + cost[low:len(cost) - low].argmin()

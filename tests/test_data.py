@@ -262,7 +262,7 @@ def test_the_middle_of_an_image_is_what_stays(tmp_path):
 def test_a_photo_is_turned_as_its_exif_says(tmp_path):
     x = torch.zeros(3, 28, 28, dtype=torch.uint8)
     x[:, :14] = 255                                                            # the upper half is white
-    for orientation, white in ((1, (0, 5)), (3, (27, 5)), (6, (5, 27)), (8, (5, 0))):
+    for orientation, white in ((1, (0, 5)), (3, (27, 5)), (4, (27, 5)), (5, (5, 0)), (6, (5, 27)), (7, (5, 27)), (8, (5, 0)), (99, (0, 5))):
         image = to_pil_image(x)
         image.getexif()[274] = orientation
         image.save(tmp_path / "photo.png", exif=image.getexif())

@@ -68,6 +68,7 @@ def test_flags_of_runs_that_are_there_already(finished, tmp_path, capsys):
     config = json.loads((finished / "config.json").read_text()) | dict(dataset=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.parse_flags(["--tree", str(tmp_path), "--out", "new"])[0].dataset == str(tmp_path)
+    assert train.parse_flags(["--resume", "--compile", "--out", str(finished)])[0].compile
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--dataset", "mnist", "--out", str(finished)])
     assert stop.value.code == 2 and "is of shapes, not of mnist" in capsys.readouterr().err
