@@ -49,7 +49,7 @@ from torchvision.transforms import functional as TF
 
 from diffusion import Diffusion, UNet, beside
 from path_encoder import SIGNALS, PathEncoder
-from treevae import TreeVAE, normalized_cut
+from treevae import Path, TreeVAE, normalized_cut
 
 try:
     import fcntl
@@ -667,7 +667,7 @@ def alone_in(folder):
 
 @contextlib.contextmanager
 def stoppable(run):
-    """While a run trains, SIGINT and SIGTERM ask it to save and stop after the step it is in; a second one does not ask."""
+    """While a run trains, SIGINT and SIGTERM ask it to save and stop at the next step that it can; a second one does not ask."""
     def ask(number, frame):
         run.stop = number
         signal.signal(number, before[number])
@@ -768,10 +768,11 @@ def clock(seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, lr_decay, weight_decay=0.0, warmup_steps=1,
-                grad_clip=None, ema=None):
+                grad_clip=None, ema=None, prepare=lambda x: (), ahead=1):
     """The loop of every phase: epochs over `images` (uint8) with a fresh Adam. Resumes in the middle of an epoch.
 
-    step_loss(x, epoch, progress) -> the scalar to minimise, {name: scalar} to log; x (B, C, H, W) in [0, 1], progress 0..1.
+    step_loss(x, epoch, progress, *made) -> the scalar to minimise, {name: scalar} to log; x (B, C, H, W) in [0, 1], progress 0..1.
+    made: what prepare(x) gives, a row an image. It is called for `ahead` batches at once; the run is saved, and stopped, between such groups.
     lr_decay: "cosine" to 0 over the phase, "step" x0.1 every 100 epochs, or "constant". Over warmup_steps lr rises linearly to that.
     """
     state, device = run.state, run.device
@@ -811,8 +812,12 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
             progress = step / (epochs * n_batches)
             decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[lr_decay]
             optimizer.param_groups[0]["lr"] = lr * decay * min(1, (step + 1) / warmup_steps)
-            x = images[order[batch * batch_size:(batch + 1) * batch_size][rank::n]].float() / 255
-            loss, terms = step_loss(x, epoch, progress)
+            if batch % ahead == 0:
+                group = order[batch * batch_size:min(batch + ahead, n_batches) * batch_size][rank::n]
+                x = images[group].float() / 255
+                batches = zip(*(rows.split(batch_size // n) for rows in (x, *prepare(x))))
+            x, *made = next(batches)
+            loss, terms = step_loss(x, epoch, progress, *made)
             network.zero_grad()
             loss.backward()
             agree([p.grad for p in network.parameters()])
@@ -828,6 +833,8 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                 speed = done / (time.monotonic() - began)
                 run.say(f"{title}  epoch {epoch + 1}/{epochs}  {in_words(means(batch + 1))}  {speed * batch_size:.0f} images/s  "
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
+            if (batch + 1) % ahead and batch + 1 < n_batches:
+                continue
             if run.stop or time.monotonic() - run.saved > SAVE_SECONDS:
                 means(batch + 1)                                       # ends the run where something is not a number: that is not saved
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
@@ -920,7 +927,7 @@ def train_tree(run, tree, data):
                     config.weight_decay)
         def frame(title):
             state["frames"].append(dict(picture_of(tree, data.images), title=title))
-        frame(f"{phase}: {len(tree.leaves)} leaves" if node is None else f"leaf {node} was split")
+        frame(f"{phase}: {len(tree.leaves)} leaves" if node is None else f"leaf {node} was split" if node else "the root along the best cut")
         n_leaves = len(tree.leaves)
         phase, node, mask, why = next_phase(tree, data.images, config, phase)
         state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=why))
@@ -985,27 +992,30 @@ def moving_average(networks, decay):
     return AveragedModel(networks, multi_avg_fn=update)
 
 
+PATHS_AHEAD = 512                                                      # images: of 32 at a time, a path costs 4 times as much
+
+
 def train_diffusion(run, tree, data):
     """Stage 2: the tree is frozen; the U-Net and the path encoder learn to denoise each image given its sampled path."""
     config, device = run.config, run.device
     tree.requires_grad_(False).eval()                                  # eval: a path is then what it is in sampling
     diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree, device)
     ema = moving_average(networks, config.ema_decay)
+    sample_paths = torch.no_grad()(tree.infer_path)                    # one leaf sampled from P(l; c), and its z: eq. (6)
     if config.compile:
         networks["unet"].compile()
 
-    def step_loss(x, epoch, progress):
-        with torch.no_grad():
-            path = tree.infer_path(x)                                  # one leaf sampled from P(l; c), and its z: eq. (6)
+    def step_loss(x, epoch, progress, *path):
         with autocast(config, device):
-            net, y = conditioned(networks, config, tree, path)
+            net, y = conditioned(networks, config, tree, Path(*path))
             if config.drop_condition and y is not None:
                 y = y * (torch.rand(len(x), 1, device=device) >= config.drop_condition)
             loss = diffusion.loss(net, 2 * x - 1, y)                   # eq. (30)
         return loss, {"loss": loss}
 
     train_phase(run, "diffusion", step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
-                config.diffusion_lr, config.diffusion_lr_decay, 0.0, config.warmup_steps, config.grad_clip, ema)
+                config.diffusion_lr, config.diffusion_lr_decay, 0.0, config.warmup_steps, config.grad_clip, ema,
+                sample_paths, max(1, PATHS_AHEAD // config.diffusion_batch_size))
     write(run.folder / "diffusion.pt", lambda file: torch.save(ema.module.state_dict(), file))
     run.save(phase="done", training=None)
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import metrics  # noqa: E402
 from diffusion import Diffusion, UNet  # noqa: E402
 from path_encoder import PathEncoder  # noqa: E402
+from train import PATHS_AHEAD  # noqa: E402
 from treevae import TreeVAE, make_decoder  # noqa: E402
 
 TEN_LEAVES = (-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 9, 9)
@@ -86,11 +87,13 @@ def bench_diffusion(yardstick):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x, torch.zeros(32, dtype=torch.long, device=device))
     forward, peak = counter.get_total_flops(), 2 * 2048 ** 3 / yardstick
-    def condition():
+    def condition(x):
         with torch.no_grad():
             return tree.infer_path(x)
-    report("conditioning: leaf probabilities and path latents", seconds(condition), yardstick)
-    y = encoder(*condition()).detach()
+    ahead = PATHS_AHEAD // 32
+    report(f"conditioning: paths, {ahead} batches at once, as in training", seconds(lambda: condition(x.repeat(ahead, 1, 1, 1))) / ahead, yardstick)
+    report("the same, one batch alone", seconds(lambda: condition(x)), yardstick)
+    y = encoder(*condition(x)).detach()
     for compiled, dtype in itertools.product((False, True) if device.type == "cuda" else (False,), (torch.float32, torch.bfloat16)):
         print(dtype, "compiled" * compiled)
         if compiled:

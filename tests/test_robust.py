@@ -30,6 +30,14 @@ def sigint_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def paths_of_two_batches():
+    """Stage 2 can stop after every second of its batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "PATHS_AHEAD", 32)
+        yield
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "drawn.npz"
@@ -84,7 +92,7 @@ def run_and_tell(argv, pipe, folder):
     """A run in a process of its own, which says through the pipe whenever it has come a step or a file further."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    train.SAVE_SECONDS = -1.0
+    train.SAVE_SECONDS, train.PATHS_AHEAD = -1.0, 32
     train.draw_training = lambda *args: None
     def telling(function):
         def told(*args):
@@ -172,7 +180,7 @@ def test_signals_save_and_exit(images, finished, tmp_path, monkeypatch, capsys, 
         with pytest.raises(SystemExit) as stop:
             train.main([*TINY, "--dataset", str(images), "--out", str(folder)])
     captured = capsys.readouterr()
-    assert stop.value.code == code and steps[0] == step and captured.err == "" and signal.getsignal(number) == before
+    assert stop.value.code == code and steps[0] == step + (step == 21) and captured.err == "" and signal.getsignal(number) == before
     assert captured.out.splitlines()[-1] == f"stopped and saved; it goes on with python train.py --resume --out {folder}"
     train.main(["--resume", "--out", str(folder)])
     assert same(folder, finished)
