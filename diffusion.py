@@ -186,7 +186,7 @@ def time_features(t, dim):
 
 
 def zero(module):
-    """Zero-initialise: a residual branch that starts at nothing, a net that starts by predicting eps = 0."""
+    """Zero-initialise: a residual branch that starts at nothing, a net whose h starts as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -238,13 +238,15 @@ class UNet(nn.Module):
     feature map's side is in `attention`, and in the middle. Square images, whose side, if it does not halve that often, is
     zero-padded (28 -> 32 for four scales) and cut back. extra: further channels of the input, after those of x_t, see `beside`.
 
-    Beyond the paper, x_t itself joins the output, eps_psi = h + (g . SiLU(emb)) x_t with g learnt from 0 on: h has passed group
-    norms and cannot tell how strong the noise is. Without it a small net given 10% more noise predicted 1% more, and DDIM left the
-    difference in the image.
+    Beyond the paper, the layers' output h is not eps_psi itself but eps_psi = sqrt(1 - abar_t) x_t + sqrt(abar_t) h. For the true eps
+    that h is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, the "v" of Salimans and Ho 2022, and x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) h: an
+    error of h is at no t a larger one of the image. An error of eps is one of x0^ times sqrt(1 - abar_t) / sqrt(abar_t), 25 where DDIM
+    begins; it carries that on to the end, and small nets drew noise into the black. timesteps: T, of the schedule with the default betas.
     """
 
-    def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3, extra=0):
+    def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3, extra=0, timesteps=1000):
         super().__init__()
+        self.schedule = Diffusion(timesteps)
         c_image, side, _ = image_shape
         step = 2 ** (len(multipliers) - 1)
         if -side % step % 2:
@@ -279,7 +281,6 @@ class UNet(nn.Module):
                 if b == blocks and k > 0:
                     self.up[-1].extend([nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)])
                     side *= 2
-        self.gain = nn.Parameter(torch.zeros(self.emb_dim))
         self.last = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, c_image, 3, padding=1)))
 
     def forward(self, x, t, y=None):
@@ -296,8 +297,8 @@ class UNet(nn.Module):
             h = run(layers, torch.cat([h, skips.pop()], 1), emb)
         h = self.last(h).float()
         h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
-        gain = (F.silu(emb.float()) * self.gain).sum(1)                # (B,)
-        return h + gain.view(-1, 1, 1, 1) * x[:, :h.shape[1]]          # without what is beside x_t
+        signal, noise = per_image(self.schedule.abar, t).sqrt(), per_image(self.schedule.one_minus_abar, t).sqrt()
+        return noise * x[:, :h.shape[1]] + signal * h                  # x_t without what is beside it
 
 
 def run(layers, h, emb):

@@ -311,7 +311,7 @@ def denoising_loss(painter, images, seed=0, buckets=10):
             with train.autocast(painter.config, painter.device):
                 losses[b] += len(x) * painter.diffusion.loss(net, 2 * x - 1, y, t, noise[b].to(x.device)).item() / len(images)
     return {"denoising loss, all t": losses.mean().item()} | {
-        f"denoising loss, t in {b * T // buckets}..{(b + 1) * T // buckets - 1}": losses[b].item() for b in range(buckets)}
+        f"denoising loss, t in {b * T // buckets}..{((b + 1) * T - 1) // buckets}": losses[b].item() for b in range(buckets)}
 
 
 def measure(folder, flags):
@@ -324,7 +324,8 @@ def measure(folder, flags):
     kind, features, head = flags.classifier or ("small" if on_cpu else "resnet50"), {}, None
     n_images = flags.images or (200 if config.preset.endswith("--quick") else 10000)
     told = config.condition + " + reconstruction" * config.with_reconstruction
-    method = {"path": "TreeDiffusion", "none + reconstruction": "TreeVAE + Diffusion"}.get(told, f"Diffusion ({told})")
+    known_as = {"path": "TreeDiffusion", "none + reconstruction": "TreeVAE + Diffusion"}
+    method = known_as.get(told, f"Diffusion ({told})") if stage_2 else "TreeVAE"
     print(f"{folder}: {method}, {config.dataset}, seed {config.seed}; Frechet distances to {len(images)} test images", flush=True)
     made_of = [folder / name for name in ("config.json", "tree.pt", "diffusion.pt")] + sorted(File(__file__).parent.glob("*.py"))
     result = dict(run=str(folder), dataset=config.dataset, preset=config.preset, seed=config.seed, method=method, protocol=dict(

@@ -961,7 +961,7 @@ def build_tree(config, image_shape, parents=(-1, 0, 0)):
 def build_denoiser(config, tree, device="cpu"):
     """The networks of stage 2: {"unet", "path_encoder"}. On CUDA the convolutions are channels_last, which bf16 is fast in."""
     unet = UNet(tree.image_shape, config.unet_channels, json.loads(f"[{config.unet_multipliers}]"), config.unet_blocks,
-                json.loads(f"[{config.unet_attention}]"), config.dropout, tree.image_shape[0] * config.with_reconstruction)
+                json.loads(f"[{config.unet_attention}]"), config.dropout, tree.image_shape[0] * config.with_reconstruction, config.timesteps)
     parts = {"unet": unet, "path_encoder": PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition)}
     return nn.ModuleDict(parts).to(device, memory_format=torch.channels_last if "cuda" in str(device) else torch.preserve_format)
 
@@ -1076,7 +1076,8 @@ def save_figure(figure, path):
 
 def draw_training(run, words=None):
     """curves.png: the terms of the ELBO and the diffusion loss by epoch; growth.png: the tree after every phase."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    losses = [row["loss"] for row in run.state["log"] if "loss" in row]
+    figure, axes = plt.subplots(1, 2 + bool(losses), figsize=(13, 3.2), layout="constrained")
     rows = [row for row in run.state["log"] if "elbo" in row]
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
         for name in names:                                             # while a split trains its terms are those of one branch
@@ -1086,9 +1087,9 @@ def draw_training(run, words=None):
                 ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
         ax.legend()
-    losses = [row["loss"] for row in run.state["log"] if "loss" in row]
-    axes[2].plot(range(1, len(losses) + 1), losses, ".-")
-    axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
+    if losses:
+        axes[2].plot(range(1, len(losses) + 1), losses, ".-")
+        axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
     save_figure(figure, run.folder / "curves.png")
 
     frames, columns = run.state["frames"], 4

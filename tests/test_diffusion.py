@@ -180,7 +180,8 @@ def test_unet_shapes_start_and_conditioning(shape, multipliers, attention):
     torch.manual_seed(0)
     net = UNet(shape, channels=8, multipliers=multipliers, blocks=1, attention=attention, dropout=0.1).eval()
     x, t = torch.randn(2, *shape), torch.tensor([3, 900])
-    assert torch.equal(net(x, t), torch.zeros_like(x))                         # the last convolution starts at 0
+    diffusion = Diffusion()                                                    # the last convolution starts at 0, and so h:
+    assert torch.allclose(diffusion.predict(net, x, t, None, clip=False)[0], diffusion.abar[t].sqrt().view(2, 1, 1, 1) * x, atol=1e-3)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     y = torch.randn(2, net.emb_dim)
@@ -190,10 +191,20 @@ def test_unet_shapes_start_and_conditioning(shape, multipliers, attention):
     assert torch.allclose(out[:1], net(x[:1], t[:1], y[:1]), atol=1e-4)         # images do not see each other
 
 
+def test_unet_with_the_true_v_predicts_the_true_eps():
+    """eps_psi is sqrt(1 - abar) x_t + sqrt(abar) h: exact for h = sqrt(abar) eps - sqrt(1 - abar) x_0, which the layers are made to give."""
+    diffusion, t = Diffusion(50), torch.tensor([0, 20, 49])
+    net = UNet((1, 8, 8), channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, timesteps=50)
+    x0, eps = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
+    signal, noise = diffusion.abar[t].sqrt().view(3, 1, 1, 1), diffusion.one_minus_abar[t].sqrt().view(3, 1, 1, 1)
+    net.last.register_forward_hook(lambda layer, inputs, out: signal * eps - noise * x0)
+    assert torch.allclose(net(diffusion.add_noise(x0, t, eps).float(), t).double(), eps, atol=1e-5)
+
+
 def test_appendix_d_unet_has_the_size_of_the_authors():
-    """64 channels, (1, 2, 2, 2), two blocks a scale, attention only in the middle: 9.26 M parameters, but for the gain of x_t."""
+    """64 channels, (1, 2, 2, 2), two blocks a scale, attention only in the middle: 9.26 M parameters."""
     net = UNet((1, 28, 28), 64, (1, 2, 2, 2), 2, attention=())
-    assert sum(p.numel() for p in net.parameters()) - net.gain.numel() == 9_259_713
+    assert sum(p.numel() for p in net.parameters()) == 9_259_713
 
 
 def test_path_encoder_is_a_masked_sum():

@@ -154,8 +154,8 @@ def test_every_conditioning_trains_and_samples(tmp_path, signal, reconstruction)
     config = train.Config(condition=signal, with_reconstruction=reconstruction, unet_channels=8, unet_multipliers="1,2", drop_condition=0.5)
     tree = train.build_tree(config, (1, 28, 28)).eval()
     networks = train.build_denoiser(config, tree).eval()
-    for part in (networks["unet"].last[2].weight, networks["unet"].gain):      # which start at 0
-        torch.nn.init.normal_(part)
+    for p in networks["unet"].parameters():                                    # some start at 0
+        torch.nn.init.normal_(p, std=0.1)
     path = tree.sample_path(3)
     net, y = train.conditioned(networks, config, tree, path)
     x, t = torch.randn(3, 1, 28, 28), torch.tensor([1, 500, 900])
