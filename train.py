@@ -15,6 +15,7 @@ settings and data sets above them and the run's files below are for looking thin
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -609,6 +610,15 @@ def agree(tensors, mean=True):
             t.copy_(part.view_as(t) / (n if mean else 1))
 
 
+def any_of(number, device):
+    """The largest of all processes' numbers: a signal may reach them in different steps, and none must wait for one that is gone."""
+    if world()[1] > 1:
+        numbers = torch.tensor([number], device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.item()
+    return number
+
+
 def replace_file(path, save, old=None):
     """Replace a file atomically: save(file) writes one beside it, which is renamed once it is on the disk for sure, so that no
     reader ever sees a half. old: a name for what was there before. OSError where it cannot be.
@@ -835,6 +845,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
             if (batch + 1) % ahead and batch + 1 < n_batches:
                 continue
+            run.stop = any_of(run.stop, device)
             if run.stop or time.monotonic() - run.saved > SAVE_SECONDS:
                 means(batch + 1)                                       # ends the run where something is not a number: that is not saved
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
@@ -1245,6 +1256,7 @@ def pick_device(name):
     name = name if name != "auto" else [n for n, yes in there.items() if yes][0]
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():       # started by torchrun
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name)
@@ -1362,8 +1374,6 @@ def main(argv=None):
         say("leaves: " + ", ".join(f"{leaf}: {100 * size / len(data.images):.1f}%" for leaf, size in zip(tree.leaves, sizes)))
         say(f"done in {clock(run.seconds())}; now: "
             + f"python sample.py {folder} and " * bool(config.diffusion_epochs) + f"python metrics.py {folder}")
-    if n > 1:
-        dist.destroy_process_group()
 
 
 def run_program(main):

@@ -282,6 +282,8 @@ net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.T
 run = train.Run(train.Config(out=OUT), device)
 images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 def step_loss(x, epoch, progress):
+    if progress == STOP and train.world()[0] == 0:                    # a signal that reaches one process alone
+        run.stop = 2
     loss = (net(x).squeeze(1) - x.mean((1, 2, 3))).square().mean()
     return loss, {"loss": loss}
 train.train_phase(run, "test", step_loss, net, images, 3, 8, 1e-2, "constant", grad_clip=0.5)
@@ -289,8 +291,8 @@ train.write(OUT + "/net.pt", lambda file: torch.save([net.state_dict(), [row["lo
 """
 
 
-def launch(n, *command, cwd=None):
-    """Start n processes as torchrun does, on this machine's loopback; -> what the first one printed. They must all succeed."""
+def launch(n, *command, cwd=None, code=0):
+    """Start n processes as torchrun does, on this machine's loopback; -> what each printed. They must all end with this exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -300,7 +302,7 @@ def launch(n, *command, cwd=None):
     runs = [subprocess.Popen([sys.executable, *command], env=env(rank), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for rank in range(n)]
     outputs = [run.communicate(timeout=200)[0] for run in runs]
-    assert all(run.returncode == 0 for run in runs), outputs
+    assert [run.returncode for run in runs] == n * [code], outputs
     return outputs
 
 
@@ -309,12 +311,19 @@ def test_two_processes_train_as_one(tmp_path):
     for n in (1, 2):
         folder = tmp_path / str(n)
         folder.mkdir()
-        (folder / "script.py").write_text(f"OUT = {str(folder)!r}\n" + ONE_PHASE)
+        (folder / "script.py").write_text(f"OUT, STOP = {str(folder)!r}, None\n" + ONE_PHASE)
         launch(n, str(folder / "script.py"))
         results.append(torch.load(folder / "net.pt", weights_only=True))
     (one, one_losses), (two, two_losses) = results
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)    # the same gradients, step by step
     assert one_losses == pytest.approx(two_losses, abs=2e-5)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+    (tmp_path / "script.py").write_text(f"OUT, STOP = {str(tmp_path)!r}, 7 / 15\n" + ONE_PHASE)
+    launch(2, str(tmp_path / "script.py"), code=130)
+    state = train.read_saved(tmp_path / "checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (1, 3) and not (tmp_path / "net.pt").exists()    # 8 of 3 x 5 steps are done
 
 
 def test_both_stages_run_on_two_processes(tmp_path):
