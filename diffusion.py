@@ -66,7 +66,7 @@ class Diffusion(nn.Module):
 
         Put x_0 of eq. (5) into eq. (26): mu~ = (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t), so that in eq. (29)
         |mu~ - mu_psi|^2 = beta_t^2 / (alpha_t (1 - abar_t)) |eps - eps_psi|^2. Eq. (30) leaves that factor and 1 / (2 sigma_t^2)
-        out: the best prediction at each t stays the same, only the times are weighted differently, which trains better.
+        out: the best prediction at each t stays the same, only the times are weighted differently, for better samples (Ho et al. 2020).
         """
         if t is None:
             t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
@@ -80,7 +80,7 @@ class Diffusion(nn.Module):
         """The net's guess of the image, x0^ = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), and the eps that goes with it.
 
         Images live in [-1, 1], so x0^ is clipped to it; eps is then computed anew, so that x_t = sqrt(abar_t) x0^ +
-        sqrt(1 - abar_t) eps still holds: DDIM makes x_prev of this pair (DDPM of x0^ alone).
+        sqrt(1 - abar_t) eps still holds. DDIM uses both, DDPM only x0^.
         """
         eps = net(xt, t, y).float()
         signal, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
@@ -113,8 +113,8 @@ class Diffusion(nn.Module):
         """The increasing subsequence tau of times that DDIM visits, as our t in 0..T-1.
 
         "linear": tau_i = i T / S; "quadratic": tau_i = 0.8 T (i / S)^2, denser where the image is nearly clean; i = 1..S.
-        Song et al., appendix D.2. Times are rounded up; small quadratic ones that coincide are visited once. The quadratic one starts
-        at 0.8 T, where sqrt(abar) = 0.04 is left of the image: noise is as good. ValueError outside 1..T steps, or for another spacing.
+        Song et al., appendix D.2. Times are rounded up, and duplicates among small ones dropped. The quadratic one starts
+        at 0.8 T, where sqrt(abar) = 0.04 is left of the image, so that pure noise may stand for x_t. ValueError outside 1..T steps, or for another spacing.
         """
         if not 1 <= steps <= self.timesteps or spacing not in ("linear", "quadratic"):
             raise ValueError(f"steps must be in 1..{self.timesteps} and spacing linear or quadratic, not {steps}, {spacing!r}")
@@ -155,8 +155,8 @@ class Diffusion(nn.Module):
 def guided(net, weight):
     """Classifier-free guidance (Ho and Salimans 2022): a net that returns (1 + w) eps(x_t, t, y) - w eps(x_t, t, no y).
 
-    "No y" is y = 0: it overdoes what y asks for, if in training the y of some images was set to 0 (--drop-condition; not in
-    `loss`). Weight 0: the net itself.
+    "No y" is y = 0. It exaggerates what y does, and needs a net that was trained with the y of some images set to 0 (--drop-condition; not
+    in `loss`). Weight 0: the net itself.
     """
     def steered(x, t, y):
         with_y, without = net(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.zeros_like(y)])).float().chunk(2)
@@ -167,7 +167,7 @@ def guided(net, weight):
 def beside(net, image):
     """A net that also sees an image (B, C, H, W) in [-1, 1], the tree's reconstruction (section 4.1): a UNet with extra = C.
 
-    It may be asked for several x_t of each image, as by guided(beside(net, image), w).
+    x may hold several copies of the batch, as in guided(beside(net, image), w).
     """
     def both(x, t, y):
         return net(torch.cat([x, image.repeat(len(x) // len(image), 1, 1, 1)], 1), t, y)
@@ -186,7 +186,7 @@ def time_features(t, dim):
 
 
 def zero(module):
-    """Zero-initialise: a residual branch that starts at nothing, a net whose h starts as 0."""
+    """Zero-initialise: residual branches and the U-Net's h start at 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -238,10 +238,10 @@ class UNet(nn.Module):
     feature map's side is in `attention`, and in the middle. Square images, whose side, if it does not halve that often, is
     zero-padded (28 -> 32 for four scales) and cut back. extra: further channels of the input, after those of x_t, see `beside`.
 
-    Beyond the paper, the layers' output h is not eps_psi itself but eps_psi = sqrt(1 - abar_t) x_t + sqrt(abar_t) h. For the true eps
-    that h is sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, the "v" of Salimans and Ho 2022, and x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) h: an
-    error of h is at no t a larger one of the image. An error of eps is one of x0^ times sqrt(1 - abar_t) / sqrt(abar_t), 25 where DDIM
-    begins; it carries that on to the end, and small nets drew noise into the black. timesteps: T, of the schedule with the default betas.
+    Beyond the paper, the layers give h, and eps_psi = sqrt(1 - abar_t) x_t + sqrt(abar_t) h. The best h is v = sqrt(abar_t) eps -
+    sqrt(1 - abar_t) x_0 (Salimans and Ho 2022), and x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) h: an error of h does not grow in x0^.
+    That of a net which gives eps directly grows by sqrt((1 - abar_t) / abar_t), 25 where DDIM begins, and small nets left it as noise in the
+    black. In h, eq. (30) is abar_t |v - h|^2. timesteps: T, of the schedule with the default betas.
     """
 
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.3, extra=0, timesteps=1000):
@@ -298,7 +298,7 @@ class UNet(nn.Module):
         h = self.last(h).float()
         h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
         signal, noise = per_image(self.schedule.abar, t).sqrt(), per_image(self.schedule.one_minus_abar, t).sqrt()
-        return noise * x[:, :h.shape[1]] + signal * h                  # x_t without what is beside it
+        return noise * x[:, :h.shape[1]] + signal * h                  # x_t, without extra channels
 
 
 def run(layers, h, emb):

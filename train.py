@@ -611,7 +611,7 @@ def agree(tensors, mean=True):
 
 
 def any_of(number, device):
-    """The largest of all processes' numbers: a signal may reach them in different steps, and none must wait for one that is gone."""
+    """The largest of all processes' numbers. A signal may reach them in different steps; all must stop after the same one."""
     if world()[1] > 1:
         numbers = torch.tensor([number], device=device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -822,8 +822,8 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
             progress = step / (epochs * n_batches)
             decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "step": 0.1 ** (epoch // 100), "constant": 1.0}[lr_decay]
             optimizer.param_groups[0]["lr"] = lr * decay * min(1, (step + 1) / warmup_steps)
-            if batch % ahead == 0:
-                group = order[batch * batch_size:min(batch + ahead, n_batches) * batch_size][rank::n]
+            if batch % ahead == 0 or batch == state["batch"]:
+                group = order[batch * batch_size:min((batch // ahead + 1) * ahead, n_batches) * batch_size][rank::n]
                 x = images[group].float() / 255
                 batches = zip(*(rows.split(batch_size // n) for rows in (x, *prepare(x))))
             x, *made = next(batches)
@@ -845,14 +845,16 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
             if (batch + 1) % ahead and batch + 1 < n_batches:
                 continue
-            run.stop = any_of(run.stop, device)
-            if run.stop or time.monotonic() - run.saved > SAVE_SECONDS:
+            stop = any_of(run.stop, device)
+            if stop or time.monotonic() - run.saved > SAVE_SECONDS:
                 means(batch + 1)                                       # ends the run where something is not a number: that is not saved
                 run.save(epoch=epoch, batch=batch + 1, training={name: part.state_dict() for name, part in saved.items()},
                          sums={name: float(value) for name, value in sums.items()})
-            if run.stop:
+            if stop:
                 run.say(f"stopped and saved; it goes on with python train.py --resume --out {run.folder}", last=True)
-                raise SystemExit(128 + run.stop)
+                if n > 1:
+                    dist.barrier()                                     # torchrun ends all once the first is gone
+                raise SystemExit(128 + stop)
         agree([value for _, value in sorted(sums.items()) if torch.is_tensor(value)])
         row = means(n_batches)
         shares = " ".join(f"{name[2:]}:{value:.3f}" for name, value in row.items() if name.startswith("P_"))
@@ -1190,8 +1192,9 @@ def check(config):
              f"{config.diffusion_epochs}")
     if config.drop_condition and config.condition == "none":
         fail("--drop-condition has nothing to drop with --condition none")
-    if config.unet_channels % 2 or max(config.dropout, config.drop_condition) >= 1 or config.max_images == 1:
-        fail("--unet-channels must be even, --dropout and --drop-condition below 1 and --max-images not 1: batch norm needs two images")
+    if config.unet_channels % 2 or max(config.dropout, config.drop_condition) >= 1 or config.max_images == 1 or config.timesteps > 10000:
+        fail("--unet-channels must be even, --dropout and --drop-condition below 1, --timesteps at most 10000 (abar_T would be 0) and "
+             "--max-images not 1: batch norm needs two images")
     return config
 
 
