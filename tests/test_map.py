@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CODE = {name: (ROOT / f"{name}.py").read_text() for name in ("treevae", "path_encoder", "diffusion", "train", "sample", "metrics")}
 README = (ROOT / "README.md").read_text()
-ROWS = [row.split("|")[1:-1] for row in README.split("| held by |\n")[1].split("\n\n")[0].splitlines()[1:]]
+ROWS = [row.split("|")[1:-1] for row in README.split("| tested by |\n")[1].split("\n\n")[0].splitlines()[1:]]
 
 
 def numbers(text):
