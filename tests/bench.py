@@ -105,6 +105,7 @@ def bench_diffusion(yardstick):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return diffusion.ddim_sample(net, x.shape, y, steps=10)
         for name, work, flops in (("training step", training_step(net, loss), 3 * forward), ("10 DDIM steps", sample, 10 * forward)):
+            net.train(work is not sample)                              # dropout is for training
             s = seconds(work, 3)
             report(name, s, yardstick, f"{32 / s:.0f} images/s, {100 * flops / s / peak:.0f}% of the matrix product's rate")
 
