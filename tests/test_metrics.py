@@ -313,7 +313,7 @@ def test_denoising_loss_by_time(tmp_path, data, monkeypatch):
         return torch.zeros_like(x)
     monkeypatch.setattr(train, "conditioned", lambda *args: (zero, None))
     found = metrics.denoising_loss(painter, data.test_images)
-    names = ["denoising loss, all t"] + [f"denoising loss, t in {5 * b // 2}..{5 * (b + 1) // 2 - 1}" for b in range(10)]
+    names = ["denoising loss, all t"] + [f"denoising loss, t in {5 * b // 2}..{(5 * (b + 1) + 1) // 2 - 1}" for b in range(10)]
     assert list(found) == names and found[names[0]] == pytest.approx(sum(found[name] for name in names[1:]) / 10)
     assert all(value == pytest.approx(1, abs=0.02) for value in found.values())                  # E eps^2
     assert [(t.min().item(), t.max().item()) for t in asked] == [(5 * b // 2, (5 * (b + 1) + 1) // 2 - 1) for b in range(10)]
@@ -365,7 +365,7 @@ def test_runs_side_by_side(tmp_path, data, capsys):
     text = (tmp_path / "table3.md").read_text()
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()}
     assert len({len(row) for row in text.splitlines()}) == 1 and text in capsys.readouterr().out and (tmp_path / "table3.png").exists()
-    assert rows["method"] == ["TreeDiffusion", "TreeVAE + Diffusion", "Diffusion (leaf-index)"] and rows["images, DDIM steps"] == ["70, 2"] * 3
+    assert rows["method"] == ["TreeDiffusion", "TreeVAE + Diffusion", "TreeVAE"] and rows["images, DDIM steps"] == ["70, 2"] * 3
     row = rows["FD (classifier) of new images by diffusion"]
     assert row[2] == "-" and row[0] == f"{numbers_of(runs[0])['FD (classifier) of new images by diffusion']:.3f}"
 
