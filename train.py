@@ -179,7 +179,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size
 DRAWN_RGB = DRAWN | dict(initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)
 QUICK = dict(max_images=2048, max_leaves=5, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = {"tiny": "shapes takes about 8 minutes on two cores without a GPU, fashion or mnist about 40",
+HOW_LONG = {"tiny": "shapes takes about 6 minutes on two cores without a GPU, fashion or mnist about 40",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
             "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
