@@ -1099,7 +1099,7 @@ def draw_training(run, words=None):
             if row["phase"] == "grow":
                 ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
-        ax.legend()
+        ax.legend(loc="center")                                    # over the grey: there is no line
     if losses:
         axes[2].plot(range(1, len(losses) + 1), losses, ".-")
         axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")
