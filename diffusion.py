@@ -114,7 +114,8 @@ class Diffusion(nn.Module):
 
         "linear": tau_i = i T / S; "quadratic": tau_i = 0.8 T (i / S)^2, denser where the image is nearly clean; i = 1..S.
         Song et al., appendix D.2. Times are rounded up, and duplicates among small ones dropped. The quadratic one starts
-        at 0.8 T, where sqrt(abar) = 0.04 is left of the image, so that pure noise may stand for x_t. ValueError outside 1..T steps, or for another spacing.
+        at 0.8 T, where for T = 1000 sqrt(abar) = 0.04 is left of the image: pure noise may stand for x_t. ValueError outside 1..T
+        steps, or for another spacing.
         """
         if not 1 <= steps <= self.timesteps or spacing not in ("linear", "quadratic"):
             raise ValueError(f"steps must be in 1..{self.timesteps} and spacing linear or quadratic, not {steps}, {spacing!r}")

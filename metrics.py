@@ -257,6 +257,7 @@ def load_classifier(run, kind, data, path):
 def evaluate(run, tree, images, labels, frames):
     """Of images (N, C, H, W) uint8: the ELBO and its terms in nats; unless labels are None, how well the leaves fit them, (N,).
 
+    In colour the bits a dimension are of a density of x in [0, 1]; of pixels in 0..255 they are 8 more.
     frames: earlier trees, {"parents", "leaves"}; "growth" has of each [number of leaves, dendrogram purity, NMI].
     """
     terms = [tree.elbo(x.float() / 255) for x in run.watch("ELBO", images.split(500))]
@@ -344,17 +345,19 @@ def measure(folder, flags):
         save(evaluate(run, tree, images, np.asarray(data.test_labels) if data.classes else None, frames))
     if stage_2 and "denoising loss, all t" not in result:
         save(denoising_loss(painter, images[:min(2500, n_images)], flags.seed))
+    vectors = images.dim() == 2
     if data.classes:
         sample.draw_growth_scores(result["growth"], folder / "growth_scores.png")
-        few = slice(config.max_images or None)                                 # as many as the run had
+    if data.classes and not vectors:
+        few, some = slice(config.max_images or None), f"-{config.max_images}" * bool(config.max_images)        # as many as the run had
         features[FD], head = load_classifier(run, kind, data._replace(images=data.images[few], labels=data.labels[few]),
-                                             folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}.pt")
+                                             folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}{some}.pt")
     else:
-        print(f"no labels: no scores of the clusters, no classifier, so no {FD} and no leaf entropy")
-    where = flags.inception_weights or "download" * (not on_cpu)
+        print(f"no {'images' if vectors else 'labels: no scores of the clusters'}, no classifier, so no {FD} and no leaf entropy")
+    where = "" if vectors else flags.inception_weights or "download" * (not on_cpu)
     if inception := where and load_inception(where):
         features[FID] = inception.to(run.device)
-    elif not where:
+    elif not where and not vectors:
         print(f"no {FID}: on a CPU it takes hours, and has to be asked for by --inception-weights FILE or download")
     def make(rows):
         if what == "test images":

@@ -6,7 +6,7 @@
 
 tree.png           the tree, generated images at every leaf, the leaf's share of the test images and the classes in it
 leaves.png         new images of each leaf: TreeVAE's own decoder beside the diffusion model, on the same paths
-one_root.png       the same z_0 and the same noise x_T sent through every leaf (Figure 4 of the paper)
+one_root.png       the same z_0 and the same noise x_T sent through every leaf, even where it would never go (Figure 4 of the paper)
 denoising.png      one image of each leaf on its way out of the noise
 interpolation.png  one root sample turning into another, the rest of the randomness held, under one leaf
 growth.gif         the tree while it grew, a frame after every phase of stage 1
@@ -49,7 +49,7 @@ class Painter:
     def draw(self, path, x_T=None, batch_size=64, seen=None):
         """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU.
 
-        seen: a list for what DDIM saw on the way (of the last batch), as `Diffusion.ddim_sample` has it.
+        seen: a list for what DDIM saw on the way, batch by batch, as `Diffusion.ddim_sample` has it.
         """
         x_T, images = self.noise(len(path.z)) if x_T is None else x_T, []
         for rows in torch.arange(len(path.z), device=self.device).split(batch_size):
@@ -60,18 +60,21 @@ class Painter:
         return self.tree.decode(path).cpu(), (torch.cat(images).cpu() + 1) / 2
 
     @torch.no_grad()
-    def new_paths(self, n, pool=4096):
-        """n new paths for every leaf, in the order of `tree.leaves`.
+    def new_paths(self, n, nodes=None, pools=8):
+        """n new paths through each of some nodes, by default the leaves in the order of `tree.leaves`.
 
-        Paths are drawn from the prior and kept by the leaf they arrive at, so that a leaf's z_0 is one that leads there.
-        Where the prior reaches a leaf too seldom, the missing ones are sent there.
+        Paths are drawn from the prior, `pools` times 4096 at most, and kept by the nodes they come to, so that a leaf's z_0 is one that
+        leads there. Where the prior reaches a node too seldom, the missing ones are sent there.
         """
-        paths, kept = self.tree.sample_path(pool), []
-        for leaf in self.tree.leaves:
-            rows = (paths.nodes.amax(1) == leaf).nonzero().squeeze(1)[:n]
-            missing = self.tree.sample_path(n - len(rows), leaf)
-            kept += [Path(paths.z[rows], paths.nodes[rows]), missing]
-        return join(kept)
+        kept = {node: self.tree.sample_path(0) for node in (self.tree.leaves if nodes is None else nodes)}
+        for _ in range(pools):
+            paths = self.tree.sample_path(4096)
+            for node, some in kept.items():
+                rows = (paths.nodes == node).any(1).nonzero().squeeze(1)[:n - len(some.z)]
+                kept[node] = join([some, Path(paths.z[rows], paths.nodes[rows])])
+            if all(len(some.z) == n for some in kept.values()):
+                break
+        return join([part for node, some in kept.items() for part in (some, self.tree.sample_path(n - len(some.z), node))])
 
 
 def join(paths):
@@ -120,23 +123,22 @@ def draw_denoising(painter, file, columns=10):
     train.save_figure(figure, file)
 
 
-def draw_interpolation(painter, leaf, seed, file, n=10, rows=3):
-    """interpolation.png: z_0 from one sample to another; all further randomness is the same along a row.
+def draw_interpolation(painter, seed, file, n=10, rows=3):
+    """interpolation.png: z_0 from one sample of the first leaf's to another; all further randomness (but eta's) is the same along a row.
 
-    cos(a) z + sin(a) z' with a from 0 to a right angle is itself a sample of N(0, I) for every a, which a straight line is not.
+    cos(a) z + sin(a) z', a from 0 to a right angle, is as long as samples of N(0, I) are; the middle of a straight line is shorter.
     """
-    paths, noise = [], []
-    for row in range(rows):
-        start, end = torch.randn(2, *painter.tree.latent_shape, device=painter.device)
+    tree, paths, noise = painter.tree, [], []
+    for row, (start, end) in enumerate(painter.new_paths(2 * rows, tree.leaves[:1]).z[:, 0].split(2)):
         noise.append(painter.noise(1).expand(n, -1, -1, -1))
         for angle in torch.linspace(0, math.pi / 2, n):
             torch.manual_seed(seed + row)                              # the z below the root differ by z_0 alone
-            paths.append(painter.tree.sample_path(1, leaf, (angle.cos() * start + angle.sin() * end)[None]))
+            paths.append(tree.sample_path(1, tree.leaves[0], (angle.cos() * start + angle.sin() * end)[None]))
         torch.manual_seed(seed + rows + row)
     decoded, drawn = painter.draw(join(paths), torch.cat(noise))
-    both = torch.stack([part.view(rows, n, *painter.tree.image_shape) for part in (decoded, drawn)], 1)
+    both = torch.stack([part.view(rows, n, *tree.image_shape) for part in (decoded, drawn)], 1)
     figure, ax = plt.subplots(figsize=(0.62 * n, 0.62 * 2 * rows + 0.4), layout="constrained")
-    show(ax, both.flatten(0, 2), n, f"From one z_0 to another under leaf {leaf}; TreeVAE above diffusion, {rows} pairs")
+    show(ax, both.flatten(0, 2), n, f"From one z_0 to another under leaf {tree.leaves[0]}; TreeVAE above diffusion, {rows} pairs")
     train.save_figure(figure, file)
 
 
@@ -230,9 +232,7 @@ def main(argv=None):
             train.fail(f"this tree has no such node as {node}; its leaves are {tree.leaves}, its nodes {tree.ids}")
         file = folder / f"{'leaf' if flags.leaf is not None else 'node'}_{node}.png"
         figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
-        with torch.no_grad():
-            path = tree.sample_path(n * n, node)
-        for ax, images, who in zip(axes, painter.draw(path), ("TreeVAE's decoder", "diffusion")):
+        for ax, images, who in zip(axes, painter.draw(painter.new_paths(n * n, [node])), ("TreeVAE's decoder", "diffusion")):
             show(ax, images, n, f"{who}, {'leaf' if flags.leaf is not None else 'below node'} {node}")
         train.save_figure(figure, file)
         print(f"wrote {file}")
@@ -256,7 +256,7 @@ def main(argv=None):
     decoded, drawn = painter.draw(paths, painter.noise(len(roots)).repeat(len(tree.leaves), 1, 1, 1))
     both = torch.stack([part.view(len(tree.leaves), len(roots), *tree.image_shape).transpose(0, 1) for part in (decoded, drawn)], 1)
     figure, ax = plt.subplots(figsize=(0.62 * rows, 6), layout="constrained")
-    show(ax, both.flatten(0, 2), rows, "One z_0 and one x_T through every leaf (columns); TreeVAE above diffusion, 4 samples")
+    show(ax, both.flatten(0, 2), rows, "As Figure 4: one z_0 and one x_T through every leaf (columns);\n4 samples, TreeVAE above diffusion")
     train.save_figure(figure, folder / "one_root.png")
 
     x = painter.data.test_images[:2 * n].to(painter.device).float() / 255
@@ -269,7 +269,7 @@ def main(argv=None):
     train.save_figure(figure, folder / "reconstructions.png")
     draw_denoising(painter, folder / "denoising.png")
     with torch.no_grad():
-        draw_interpolation(painter, painter.tree.leaves[0], flags.seed, folder / "interpolation.png")
+        draw_interpolation(painter, flags.seed, folder / "interpolation.png")
     if state := train.load_state(painter.config):                      # else the run was copied without its checkpoint
         draw_growth(state["frames"], folder / "growth.gif")
     print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")

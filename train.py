@@ -139,7 +139,7 @@ class Config:
     unet_blocks: int = setting(1, "residual blocks a scale", least=1)
     unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
     dropout: float = setting(0.0, "dropout in the residual blocks")
-    timesteps: int = setting(1000, "T, steps of the noise schedule", least=1)
+    timesteps: int = setting(1000, "T, steps of the noise schedule; the images of the last are noise only from some 1000 on", least=1)
     diffusion_epochs: int = setting(3, "epochs of stage 2; 0 trains only the tree")
     diffusion_batch_size: int = setting(32, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
@@ -1000,9 +1000,11 @@ def moving_average(networks, decay):
 
     The decay warms up, since 0.9999 from the first step would keep the random weights for some 50,000 steps.
     """
-    def update(averages, parameters, n):
-        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + float(n)) / (10 + float(n))))
-    return AveragedModel(networks, multi_avg_fn=update)
+    def update(averages, parameters, _):
+        n = ema.n_averaged.item()                                      # on the CPU, where it does not wait for the GPU
+        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + n) / (10 + n)))
+    ema = AveragedModel(networks, multi_avg_fn=update)
+    return ema
 
 
 PATHS_AHEAD = 512                                                      # images: of 32 at a time, a path costs 4 times as much
@@ -1042,7 +1044,13 @@ def picture_of(tree, images):
     """A frame of the growing tree: its parents, leaves, their share of the images, and what each leaf's decoder draws."""
     tree.eval()
     sizes = torch.bincount(leaf_probs(tree, images[:10000]).argmax(1), minlength=len(tree.leaves))
-    drawn = [tree.decode(tree.sample_path(64, leaf)).mean(0) for leaf in tree.leaves]
+    drawn = []
+    for leaf in tree.leaves:                                           # paths sent there count as they would have gone there by themselves
+        path, way, log_p = tree.sample_path(64, leaf), tree.path_to(leaf), torch.zeros(64, device=images.device)
+        for h, i in enumerate(way[:-1]):
+            router = tree.nodes[i].router_p
+            log_p = tree._children_reach(i, log_p, router and router(path.z[:, h]))[way[h + 1]]
+        drawn.append(torch.tensordot(log_p.softmax(0), tree.decode(path), 1))
     return dict(parents=list(tree.parents), leaves=tree.leaves, shares=(sizes / sizes.sum()).tolist(),
                 images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
 
@@ -1356,8 +1364,9 @@ def main(argv=None):
     device, data = pick_device(config.device), load_data(config)
     data = data._replace(images=data.images[:config.max_images or None])
     (rank, n) = world()
-    if config.tree_batch_size % n or config.subtree_batch_size % n or config.diffusion_batch_size % n:
-        fail(f"the three batch sizes must be multiples of the number of processes, {n}")
+    sizes = (config.tree_batch_size, config.subtree_batch_size, config.diffusion_batch_size)
+    if any(size % n for size in sizes) or min(*sizes[:2], len(data.images)) < 2 * n:
+        fail(f"the three batch sizes must be multiples of the number of processes, {n}, and those of the tree give each two images or more")
     vectors = data.images.dim() == 2
     for name in [name for name in VECTORS if vectors and getattr(config, name) != VECTORS[name]]:
         fail(f"--{name.replace('_', '-')} must be {VECTORS[name]} here: of vectors there are neither random views nor a stage 2")

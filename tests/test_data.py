@@ -13,6 +13,7 @@ from test_train import write_idx
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
+import metrics
 import train
 
 RNG = np.random.default_rng(0)
@@ -169,6 +170,9 @@ def test_vectors_have_no_stage_2(tmp_path, capsys):
     assert stop.value.code == 2 and "--diffusion-epochs must be 0" in error and "stage 2" in error and not run.exists()
     train.main(start)
     assert "no stage 2" in capsys.readouterr().out and (run / "tree.pt").exists() and (run / "growth.png").exists()
+    metrics.main([str(run), "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "no images, no classifier" in said and "| normalized mutual info" in said
 
 
 def no_network(*args, **kwargs):
