@@ -20,15 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def per_image(coefficient, t):
-    """Pick coefficient[t] for each image and shape it to multiply an image: (T,), (B,) -> (B, 1, 1, 1)."""
-    return coefficient[t].view(-1, 1, 1, 1)
-
-
 class Diffusion(nn.Module):
     """The noise schedule and everything that follows from it. It has no parameters; `.to(device)` moves its tables.
 
-    A net is called net(x_t, t, y) and returns its estimate of eps, with the shape of x_t.
+    The tables are (T, 1, 1, 1), so that abar[t] is (B, 1, 1, 1) and multiplies images. A net is called net(x_t, t, y) and returns its estimate of eps, with the shape of x_t.
     """
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
@@ -41,7 +36,7 @@ class Diffusion(nn.Module):
                       # 1 - abar_t loses its digits in float32 when abar_t is near 1: take it in float64 here
                       one_minus_abar=1 - abar, one_minus_abar_prev=1 - abar_prev)
         for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
+            self.register_buffer(name, table.float().view(-1, 1, 1, 1), persistent=False)
 
     # -- the forward process ------------------------------------------------------------------------------------------
 
@@ -49,14 +44,13 @@ class Diffusion(nn.Module):
         """A sample of q(x_t | x_0), eqs. (5) and (24): in one go, what the chain of eqs. (3), (4), (22), (23) does in the
         paper's t steps of x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise.
         """
-        return per_image(self.abar, t).sqrt() * x0 + per_image(self.one_minus_abar, t).sqrt() * eps
+        return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps
 
     def posterior(self, x0, xt, t):
         """q(x_{t-1} | x_t, x_0) -> mean (B, C, H, W), variance (B, 1, 1, 1): eqs. (25), (26)."""
-        beta, one_minus_abar = per_image(self.beta, t), per_image(self.one_minus_abar, t)
-        one_minus_abar_prev = per_image(self.one_minus_abar_prev, t)
-        mean = (per_image(self.abar_prev, t).sqrt() * beta / one_minus_abar * x0
-                + per_image(self.alpha, t).sqrt() * one_minus_abar_prev / one_minus_abar * xt)
+        beta, one_minus_abar, one_minus_abar_prev = self.beta[t], self.one_minus_abar[t], self.one_minus_abar_prev[t]
+        mean = (self.abar_prev[t].sqrt() * beta / one_minus_abar * x0
+                + self.alpha[t].sqrt() * one_minus_abar_prev / one_minus_abar * xt)
         return mean, one_minus_abar_prev / one_minus_abar * beta
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -68,10 +62,8 @@ class Diffusion(nn.Module):
         |mu~ - mu_psi|^2 = beta_t^2 / (alpha_t (1 - abar_t)) |eps - eps_psi|^2. Eq. (30) leaves that factor and 1 / (2 sigma_t^2)
         out: the best prediction at each t stays the same, only the times are weighted differently, for better samples (Ho et al. 2020).
         """
-        if t is None:
-            t = torch.randint(self.timesteps, (len(x0),), device=x0.device)
-        if eps is None:
-            eps = torch.randn_like(x0)
+        t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
+        eps = torch.randn_like(x0) if eps is None else eps
         return F.mse_loss(net(self.add_noise(x0, t, eps), t, y).float(), eps)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -83,7 +75,7 @@ class Diffusion(nn.Module):
         sqrt(1 - abar_t) eps still holds. DDIM uses both, DDPM only x0^.
         """
         eps = net(xt, t, y).float()
-        signal, noise = per_image(self.abar, t).sqrt(), per_image(self.one_minus_abar, t).sqrt()
+        signal, noise = self.abar[t].sqrt(), self.one_minus_abar[t].sqrt()
         x0 = (xt - noise * eps) / signal                           # eq. (5) solved for x_0
         if clip:
             x0 = x0.clamp(-1, 1)
@@ -104,8 +96,7 @@ class Diffusion(nn.Module):
             t = torch.full((len(x),), step, device=x.device)
             x0, _ = self.predict(net, x, t, y, clip)
             mean, var = self.posterior(x0, x, t)
-            if variance == "beta":
-                var = per_image(self.beta, t)
+            var = self.beta[t] if variance == "beta" else var
             x = mean + var.sqrt() * torch.randn_like(x) if step > 0 else mean   # abar_prev = 1: the last mean is x0^ itself
         return x
 
@@ -170,14 +161,10 @@ def beside(net, image):
 
     x may hold several copies of the batch, as in guided(beside(net, image), w).
     """
-    def both(x, t, y):
-        return net(torch.cat([x, image.repeat(len(x) // len(image), 1, 1, 1)], 1), t, y)
-    return both
+    return lambda x, t, y: net(torch.cat([x, image.repeat(len(x) // len(image), 1, 1, 1)], 1), t, y)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The U-Net eps_psi(x_t, t, y)
-# ---------------------------------------------------------------------------------------------------------------------
+# == The U-Net eps_psi(x_t, t, y) =====================================================================================
 
 def time_features(t, dim):
     """Sines and cosines of t at dim / 2 frequencies from 1 down to nearly 1/10000: (B,) -> (B, dim)."""
@@ -296,10 +283,8 @@ class UNet(nn.Module):
         h = run(self.middle, h, emb)
         for layers in self.up:
             h = run(layers, torch.cat([h, skips.pop()], 1), emb)
-        h = self.last(h).float()
-        h = h[:, :, self.pad:h.shape[2] - self.pad, self.pad:h.shape[3] - self.pad]
-        signal, noise = per_image(self.schedule.abar, t).sqrt(), per_image(self.schedule.one_minus_abar, t).sqrt()
-        return noise * x[:, :h.shape[1]] + signal * h                  # x_t, without extra channels
+        h = F.pad(self.last(h).float(), [-self.pad] * 4)               # cut back
+        return self.schedule.add_noise(h, t, x[:, :h.shape[1]])        # sqrt(abar) h + sqrt(1 - abar) x_t, without extra channels
 
 
 def run(layers, h, emb):
@@ -314,7 +299,7 @@ if __name__ == "__main__":
     diffusion, images = Diffusion(), torch.stack([torch.eye(8), torch.eye(8).flip(0)])[:, None] * 1.8 - 0.9
     print("Forward, eq. (5): what is left of the image and how much noise there is at the paper's t = 1, 250, 500, 750, 1000:")
     for t in (0, 249, 499, 749, 999):
-        print(f"  t {t + 1:4d}: sqrt(abar) {diffusion.abar[t].sqrt():.3f}, sqrt(1 - abar) {diffusion.one_minus_abar[t].sqrt():.3f}")
+        print(f"  t {t + 1:4d}: sqrt(abar) {math.sqrt(diffusion.abar[t]):.3f}, sqrt(1 - abar) {math.sqrt(diffusion.one_minus_abar[t]):.3f}")
     net = UNet((1, 8, 8), channels=16, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
     y_of = nn.Embedding(2, net.emb_dim)                            # stands for the path encoder: one y for each of two images
     x0, t, eps = images, torch.tensor([100, 700]), torch.randn_like(images)

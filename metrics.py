@@ -35,9 +35,8 @@ RECIPES = {"small": (5, 3e-3), "resnet50": (20, 1e-3)}                         #
 NATS = ("elbo", "reconstruction", "kl_root", "kl_nodes", "kl_decisions", "log_likelihood", "standard_error")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clustering. leaf_of_image: (N,) node ids; labels: (N,) classes, 0..K-1; parents: node id -> its parent's id, -1 at the root
-# ---------------------------------------------------------------------------------------------------------------------
+# == Clustering =======================================================================================================
+# leaf_of_image: (N,) node ids; labels: (N,) classes, 0..K-1; parents: node id -> its parent's id, -1 at the root
 
 def contingency(clusters, labels):
     """How many images of each cluster are of each class: (n_clusters, n_classes) counts, clusters sorted by id."""
@@ -140,9 +139,7 @@ def collapse(parents, leaf_of_image, leaves):
     return np.array([up(i) for i in ids])[index]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Frechet distance, and the networks whose features it compares
-# ---------------------------------------------------------------------------------------------------------------------
+# == Frechet distance, and the networks whose features it compares ====================================================
 
 class Moments:
     """`mean` (D,) and unbiased `cov` (D, D) of features that come in batches: float64, D^2 numbers for any number of images."""
@@ -320,7 +317,7 @@ def measure(folder, flags):
     folder, stage_2 = File(folder), (File(folder) / "diffusion.pt").exists()
     painter = sample.Painter(folder, flags.device, flags.steps, 0.0, data_root=flags.data_root, need_diffusion=stage_2)
     config, data, tree, on_cpu = painter.config, painter.data, painter.tree, painter.device.type == "cpu"
-    run, images = train.Run(config, painter.device, {"seconds": 0.0}), data.test_images.to(painter.device)
+    run, images = train.Run(config, painter.device), data.test_images.to(painter.device)
     painter.steps = min(config.timesteps, flags.steps or (15 if on_cpu else 100))
     kind, features, head = flags.classifier or ("small" if on_cpu else "resnet50"), {}, None
     n_images = flags.images or (200 if config.preset.endswith("--quick") else 10000)
@@ -349,9 +346,8 @@ def measure(folder, flags):
     if data.classes:
         sample.draw_growth_scores(result["growth"], folder / "growth_scores.png")
     if data.classes and not vectors:
-        few, some = slice(config.max_images or None), f"-{config.max_images}" * bool(config.max_images)        # as many as the run had
-        features[FD], head = load_classifier(run, kind, data._replace(images=data.images[few], labels=data.labels[few]),
-                                             folder.parent / f"classifier-{config.dataset.replace('/', '_')}-{kind}{some}.pt")
+        name = f"classifier-{config.dataset.replace('/', '_')}-{kind}" + f"-{config.max_images}" * bool(config.max_images)
+        features[FD], head = load_classifier(run, kind, data, folder.parent / f"{name}.pt")
     else:
         print(f"no {'images' if vectors else 'labels: no scores of the clusters'}, no classifier, so no {FD} and no leaf entropy")
     where = "" if vectors else flags.inception_weights or "download" * (not on_cpu)

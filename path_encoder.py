@@ -18,11 +18,6 @@ import torch
 from torch import nn
 
 
-def two_layers(c_in, emb_dim):
-    """Two linear layers with an activation between them."""
-    return nn.Sequential(nn.Linear(c_in, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-
-
 SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 
@@ -43,7 +38,7 @@ class PathEncoder(nn.Module):
             raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, not {signal!r}")
         self.signal = signal
         if signal not in ("none", "leaf-index"):
-            self.f_z = two_layers(torch.Size(latent_shape).numel(), emb_dim)
+            self.f_z = nn.Sequential(nn.Linear(torch.Size(latent_shape).numel(), emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if signal not in ("none", "leaf-latent"):
             self.f_id = nn.Sequential(nn.Embedding(n_nodes, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
@@ -57,12 +52,9 @@ class PathEncoder(nn.Module):
         if self.signal != "path":                                             # ids rise along a path: the leaf's is the largest
             last = nodes.argmax(1, keepdim=True)                              # (B, 1): where on the path it is; then D = 1
             nodes, z = nodes.gather(1, last), z.flatten(2).take_along_dim(last[:, :, None], 1)
-        parts = 0.0
-        if self.signal != "leaf-index":
-            parts = parts + self.f_z(z.flatten(2))
-        if self.signal != "leaf-latent":
-            parts = parts + self.f_id(nodes.clamp(min=0))
-        return (parts * (nodes >= 0).unsqueeze(2)).sum(1)                     # parts: (B, D, emb_dim)
+        f_z = self.f_z(z.flatten(2)) if self.signal != "leaf-index" else 0.0          # (B, D, emb_dim)
+        f_id = self.f_id(nodes.clamp(min=0)) if self.signal != "leaf-latent" else 0.0
+        return ((f_z + f_id) * (nodes >= 0).unsqueeze(2)).sum(1)                      # over the path, the padding masked
 
 
 if __name__ == "__main__":
@@ -75,9 +67,7 @@ if __name__ == "__main__":
     print(f"  nodes {nodes.tolist()}   (-1 pads the shorter path)\n  z {tuple(z.shape)}\n  y = sum of f_z(z_i) + f_id(i): {tuple(y.shape)}")
     order = [2, 0, 1]
     print(f"y with the nodes in another order changes by {(encoder(z[:, order], nodes[:, order]) - y).abs().max().item():.1e}: it is a sum")
-    moved = z.clone()
-    moved[1, 2] += 1
-    print(f"y when the padding's z changes:      {(encoder(moved, nodes) - y).abs().max().item():.1e}: it is masked")
-    moved = z.clone()
-    moved[:, 0] += 1
-    print(f"y when the root's z changes:         {(encoder(moved, nodes) - y).abs().max().item():.1e}: every level has its say")
+    for where, what, why in (((1, 2), "the padding's z", "it is masked"), ((0, 0), "the root's z", "every level has its say")):
+        moved = z.clone()
+        moved[where] += 1
+        print(f"y when {what} changes, changes by {(encoder(moved, nodes) - y).abs().max().item():.1e}: {why}")

@@ -35,7 +35,7 @@ COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 
 
 class Painter:
-    """A run with the settings of sampling: from paths to images."""
+    """A run with the settings of sampling: from paths to images. Its networks are frozen, so nothing here keeps a graph."""
 
     def __init__(self, folder, device, steps, eta, guidance=0.0, data_root=None, need_diffusion=True):
         self.config, self.device, self.data, self.tree, self.networks = train.load_run(folder, device, data_root, need_diffusion)
@@ -45,7 +45,6 @@ class Painter:
         """x_T: (n, C, H, W), all at once and on the CPU, so that neither batches nor the device change it."""
         return torch.randn(n, *self.tree.image_shape).to(self.device)
 
-    @torch.no_grad()
     def draw(self, path, x_T=None, batch_size=64, seen=None):
         """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU.
 
@@ -59,7 +58,6 @@ class Painter:
                                                          x_T=x_T[rows], seen=seen))
         return self.tree.decode(path).cpu(), (torch.cat(images).cpu() + 1) / 2
 
-    @torch.no_grad()
     def new_paths(self, n, nodes=None, pools=8):
         """n new paths through each of some nodes, by default the leaves in the order of `tree.leaves`.
 
@@ -79,14 +77,19 @@ class Painter:
 
 def join(paths):
     """Several Path, one after another, as one."""
-    return Path(torch.cat([path.z for path in paths]), torch.cat([path.nodes for path in paths]))
+    return Path(*map(torch.cat, zip(*paths)))
 
 
-def show(ax, images, columns, title=""):
-    """Draw images (n, C, H, W) in [0, 1] as a grid."""
-    ax.imshow(make_grid(images.clamp(0, 1), columns, padding=1, pad_value=1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=9)
-    ax.axis("off")
+def draw_grids(file, size, columns, grids, rows=1, leaves=()):
+    """A picture of grids of images, {title: (n, C, H, W) in [0, 1]}, below one another in so many rows; leaves: names of a grid's lines."""
+    figure, axes = plt.subplots(rows, len(grids) // rows, figsize=size, layout="constrained", squeeze=False)
+    for ax, (title, images) in zip(axes.flat, grids.items()):
+        ax.imshow(make_grid(images.clamp(0, 1), columns, padding=1, pad_value=1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        for k, leaf in enumerate(leaves):
+            ax.text(-3, (k + 0.5) * (images.shape[2] + 1), leaf, ha="right", va="center", fontsize=8)
+        ax.set_title(title, fontsize=9)
+        ax.axis("off")
+    train.save_figure(figure, file)
 
 
 def draw_tree(painter, images, file):
@@ -99,12 +102,11 @@ def draw_tree(painter, images, file):
     if data.classes:
         for k in range(len(tree.leaves)):
             counts = np.bincount(data.test_labels[column == k], minlength=len(data.classes))
-            left = k - 0.47
-            for c in counts.argsort()[::-1]:                           # one bar: the classes in this leaf, largest first
-                width = 0.94 * counts[c] / max(1, counts.sum())
-                ax.barh(bottom - 0.15, width, left=left, height=0.22, color=COLOURS[c % len(COLOURS)], edgecolor="white", lw=0.3)
-                left += width
-            top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in counts.argsort()[::-1][:3] if counts[c]]
+            order = counts.argsort()[::-1]                             # one bar: the classes in this leaf, largest first
+            width = 0.94 * counts[order] / max(1, counts.sum())
+            ax.barh([bottom - 0.15] * len(width), width, 0.22, k - 0.47 + width.cumsum() - width, edgecolor="white", lw=0.3,
+                    color=np.resize(COLOURS, len(counts))[order])
+            top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in order[:3] if counts[c]]
             ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top", parse_math=False,
                     fontsize=6 if max(map(len, data.classes)) < 14 else 5)
         ax.set_ylim(bottom - 1.1, None)
@@ -118,9 +120,8 @@ def draw_denoising(painter, file, columns=10):
     _, drawn = painter.draw(path, batch_size=len(path.z), seen=seen)
     chosen = [seen[int(k)] for k in np.linspace(0, len(seen) - 1, min(columns, len(seen)))]
     rows = torch.cat([torch.stack([(x.cpu() + 1) / 2 for _, x, _ in chosen], 1), drawn[:, None]], 1)
-    figure, ax = plt.subplots(figsize=(0.62 * rows.shape[1], 0.62 * rows.shape[0] + 0.4), layout="constrained")
-    show(ax, rows.flatten(0, 1), rows.shape[1], "x_t of one image of each leaf (rows) at t = " + ", ".join(str(t + 1) for t, _, _ in chosen) + ", 0")
-    train.save_figure(figure, file)
+    title = "x_t of one image of each leaf (rows) at t = " + ", ".join(str(t + 1) for t, _, _ in chosen) + ", 0"
+    draw_grids(file, (0.62 * rows.shape[1], 0.62 * rows.shape[0] + 0.4), rows.shape[1], {title: rows.flatten(0, 1)})
 
 
 def draw_interpolation(painter, seed, file, n=10, rows=3):
@@ -137,9 +138,8 @@ def draw_interpolation(painter, seed, file, n=10, rows=3):
         torch.manual_seed(seed + rows + row)
     decoded, drawn = painter.draw(join(paths), torch.cat(noise))
     both = torch.stack([part.view(rows, n, *tree.image_shape) for part in (decoded, drawn)], 1)
-    figure, ax = plt.subplots(figsize=(0.62 * n, 0.62 * 2 * rows + 0.4), layout="constrained")
-    show(ax, both.flatten(0, 2), n, f"From one z_0 to another under leaf {tree.leaves[0]}; TreeVAE above diffusion, {rows} pairs")
-    train.save_figure(figure, file)
+    title = f"From one z_0 to another under leaf {tree.leaves[0]}; TreeVAE above diffusion, {rows} pairs"
+    draw_grids(file, (0.62 * n, 0.62 * 2 * rows + 0.4), n, {title: both.flatten(0, 2)})
 
 
 def draw_leaf_classes(painter, counts, file):
@@ -158,8 +158,7 @@ def draw_leaf_classes(painter, counts, file):
         ax.text(-0.6, bottom + 0.5, name, ha="right", va="center", fontsize=7)
         for k, row in enumerate(table):                                # a histogram 0.94 wide and 1 high, its class c at colour c
             x = k - 0.47 + 0.94 * (np.arange(len(row)) + 0.5) / len(row)
-            bars = ax.bar(x, row / max(1, row.sum()), 0.8 / len(row), bottom,
-                          color=[COLOURS[c % len(COLOURS)] for c in range(len(row))])
+            bars = ax.bar(x, row / max(1, row.sum()), 0.8 / len(row), bottom, color=np.resize(COLOURS, len(row)))
             ax.plot([k - 0.47, k + 0.47], [bottom, bottom], color="0.6", lw=0.6)
     ax.set_ylim(bottom - 0.1, None)
     ax.legend(bars, classes, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=5, fontsize=7, frameon=False)
@@ -190,11 +189,11 @@ def draw_text(text, file):
 def draw_growth(frames, file):
     """growth.gif: the frames that training left, one a second, the last one longer."""
     figure, ax = plt.subplots(figsize=(8, 5))
-    def draw(k):
+    def draw(frame):
         ax.clear()
-        train.draw_tree(ax, **frames[min(k, len(frames) - 1)])
+        train.draw_tree(ax, **frame)
         ax.set(xlim=(-0.6, max(len(frame["leaves"]) for frame in frames) - 0.4), ylim=(-1.7, None))
-    film = FuncAnimation(figure, draw, frames=len(frames) + 3)
+    film = FuncAnimation(figure, draw, frames + 3 * frames[-1:])
     part = file.with_name("part_" + file.name)                         # the writer goes by the name's end
     film.save(part, writer="pillow", fps=1, dpi=80)
     part.replace(file)
@@ -226,15 +225,14 @@ def main(argv=None):
         train.fail(f"--steps must be in 1..{painter.config.timesteps}, not {flags.steps}")
     torch.manual_seed(flags.seed)
 
-    node = flags.leaf if flags.leaf is not None else flags.node
+    kind = "node" if flags.leaf is None else "leaf"
+    node = getattr(flags, kind)
     if node is not None:
-        if node not in (tree.leaves if flags.leaf is not None else tree.ids):
+        if node not in (tree.leaves if kind == "leaf" else tree.ids):
             train.fail(f"this tree has no such node as {node}; its leaves are {tree.leaves}, its nodes {tree.ids}")
-        file = folder / f"{'leaf' if flags.leaf is not None else 'node'}_{node}.png"
-        figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
-        for ax, images, who in zip(axes, painter.draw(painter.new_paths(n * n, [node])), ("TreeVAE's decoder", "diffusion")):
-            show(ax, images, n, f"{who}, {'leaf' if flags.leaf is not None else 'below node'} {node}")
-        train.save_figure(figure, file)
+        decoded, drawn = painter.draw(painter.new_paths(n * n, [node]))
+        file, where = folder / f"{kind}_{node}.png", f"leaf {node}" if kind == "leaf" else f"below node {node}"
+        draw_grids(file, (10, 5.3), n, {f"TreeVAE's decoder, {where}": decoded, f"diffusion, {where}": drawn})
         print(f"wrote {file}")
         return
 
@@ -242,34 +240,22 @@ def main(argv=None):
     by_leaf = drawn.view(len(tree.leaves), n, *tree.image_shape)
     draw_tree(painter, by_leaf, folder / "tree.png")
 
-    rows = len(tree.leaves)
-    figure, axes = plt.subplots(1, 2, figsize=(0.8 * n, 0.42 * rows + 0.4), layout="constrained")
-    for ax, images, who in zip(axes, (decoded, drawn), ("TreeVAE's decoder", "diffusion, same paths")):
-        show(ax, images, n, who)
-        for k, leaf in enumerate(tree.leaves):
-            ax.text(-3, (k + 0.5) * (tree.image_shape[1] + 1), leaf, ha="right", va="center", fontsize=8)
-    train.save_figure(figure, folder / "leaves.png")
+    draw_grids(folder / "leaves.png", (0.8 * n, 0.42 * len(tree.leaves) + 0.4), n,
+               {"TreeVAE's decoder": decoded, "diffusion, same paths": drawn}, leaves=tree.leaves)
 
     roots = torch.randn(4, *tree.latent_shape, device=painter.device)
-    with torch.no_grad():
-        paths = join([tree.sample_path(len(roots), leaf, roots) for leaf in tree.leaves])
+    paths = join([tree.sample_path(len(roots), leaf, roots) for leaf in tree.leaves])
     decoded, drawn = painter.draw(paths, painter.noise(len(roots)).repeat(len(tree.leaves), 1, 1, 1))
     both = torch.stack([part.view(len(tree.leaves), len(roots), *tree.image_shape).transpose(0, 1) for part in (decoded, drawn)], 1)
-    figure, ax = plt.subplots(figsize=(0.62 * rows, 6), layout="constrained")
-    show(ax, both.flatten(0, 2), rows, "As Figure 4: one z_0 and one x_T through every leaf (columns);\n4 samples, TreeVAE above diffusion")
-    train.save_figure(figure, folder / "one_root.png")
+    draw_grids(folder / "one_root.png", (0.62 * len(tree.leaves), 6), len(tree.leaves), {
+        "As Figure 4: one z_0 and one x_T through every leaf (columns);\n4 samples, TreeVAE above diffusion": both.flatten(0, 2)})
 
     x = painter.data.test_images[:2 * n].to(painter.device).float() / 255
-    with torch.no_grad():
-        path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))
-    decoded, drawn = painter.draw(path)
-    figure, axes = plt.subplots(3, 1, figsize=(2 * n * 0.6, 2.6), layout="constrained")
-    for ax, images, who in zip(axes, (x.cpu(), decoded, drawn), ("test images", "TreeVAE's decoder", "diffusion")):
-        show(ax, images, 2 * n, who)
-    train.save_figure(figure, folder / "reconstructions.png")
+    decoded, drawn = painter.draw(tree.infer_path(x, tree.leaf_probs(x).argmax(1)))
+    draw_grids(folder / "reconstructions.png", (2 * n * 0.6, 2.6), 2 * n,
+               {"test images": x.cpu(), "TreeVAE's decoder": decoded, "diffusion": drawn}, rows=3)
     draw_denoising(painter, folder / "denoising.png")
-    with torch.no_grad():
-        draw_interpolation(painter, flags.seed, folder / "interpolation.png")
+    draw_interpolation(painter, flags.seed, folder / "interpolation.png")
     if state := train.load_state(painter.config):                      # else the run was copied without its checkpoint
         draw_growth(state["frames"], folder / "growth.gif")
     print(f"wrote tree, leaves, one_root, reconstructions, denoising and interpolation.png and growth.gif into {folder}")

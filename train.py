@@ -18,7 +18,6 @@ import argparse
 import atexit
 import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -39,7 +38,7 @@ from functools import partial
 from pathlib import Path as File
 from typing import Callable, NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import distributed as dist
@@ -58,8 +57,7 @@ except ImportError:                                                    # Windows
     fcntl = None
     import msvcrt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+plt.switch_backend("Agg")                                              # no window
 
 
 def fail(sentence):
@@ -79,9 +77,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":. ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: one dataclass; every field is a flag. A preset is a set of other defaults.
-# ---------------------------------------------------------------------------------------------------------------------
+# == Settings: one dataclass; every field is a flag. A preset is a set of other defaults. =============================
 
 def setting(default, help, choices=None, least=0):
     """A field of Config: its default in the preset tiny, its help line, what it may be."""
@@ -106,7 +102,7 @@ class Config:
     # stage 1: the tree
     latent_channels: int = setting(8, "channels of each z_i", least=1)
     bottom_up_channels: int = setting(128, "channels of each d_h, and of the hidden layers in the tree", least=1)
-    representation_dim: int = setting(1, "r: z_i and d_h are r x r maps; 1, 2 or 4", least=1)
+    representation_dim: int = setting(1, "r: z_i and d_h are r x r maps", [1, 2, 4])
     encoder: str = setting("cnn", "cnn, resnet, or mlp (with r = 1)", ["cnn", "resnet", "mlp"])
     decoder: str = setting("mlp", "the same for the leaves' decoders", ["cnn", "resnet", "mlp"])
     tree_width: int = setting(32, "their size: channels next to the image of a cnn; an mlp has 8 and 4 times as many units", least=1)
@@ -179,14 +175,12 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size
 DRAWN_RGB = DRAWN | dict(initial_epochs=15, tree_batch_size=128, kl_per_epoch=0.08)
 QUICK = dict(max_images=2048, max_leaves=5, initial_epochs=2, subtree_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, subtree_batch_size=32, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = {"tiny": "shapes takes about 6 minutes on two cores without a GPU, fashion or mnist about 40",
+HOW_LONG = {"tiny": "shapes takes about 6 minutes on two cores without a GPU, fashion or mnist about 30",
             "small": "made for some 10 minutes on a consumer GPU, but not measured yet",
             "paper": "some 2,000 epochs of stage 1 and 300 of stage 2: many hours on a GPU"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: everything in memory as uint8, on the training device; labels are for looking at results only
-# ---------------------------------------------------------------------------------------------------------------------
+# == Data: everything in memory as uint8, on the training device; labels are for looking at results only ==============
 
 class Data(NamedTuple):
     """images: (N, C, H, W) uint8, or vectors (N, n) in steps of 1/255; labels: (N,) long; each for training and for testing.
@@ -247,14 +241,12 @@ def fetch(config, read, download):
     fresh = [path for path in [root, *root.parents] if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download_", dir=root) as part:
-            with contextlib.redirect_stdout(io.StringIO()):
-                download(part)
-            for path in File(part).rglob("*"):
-                if path.is_file():
-                    target = root / path.relative_to(part)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    path.replace(target)
+        with tempfile.TemporaryDirectory(prefix=".download_", dir=root) as part, contextlib.redirect_stdout(io.StringIO()):
+            download(part)
+            for path in filter(File.is_file, File(part).rglob("*")):
+                target = root / path.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
         return read(root)
     except Exception as error:
         fail(f"{config.dataset} can be neither read from {str(root)!r} ({missing}) nor downloaded ({first_line(error)}); "
@@ -269,11 +261,9 @@ def load_arrays(kind, config):
     """One of torchvision's data sets that are arrays."""
     def read(folder, download=False):
         return [kind(folder, train=train, download=download) for train in (True, False)]
-    def tensors(part):
-        x = torch.as_tensor(part.data)                                 # (N, H, W), or in colour (N, H, W, 3)
-        return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(part.targets)
     train, test = fetch(config, read, lambda folder: read(folder, download=True))
-    return Data(*tensors(train), *tensors(test), train.classes)
+    arrays = [array for part in (train, test) for array in as_images(part.data, config.data_root, part.targets)]
+    return Data(*map(torch.as_tensor, arrays), train.classes)
 
 
 class CIFAR20(sets.CIFAR100):
@@ -423,9 +413,7 @@ def load_news20(config):
     test = np.array([part.endswith("test") for part, _, _ in places])
     def make():
         texts = [Counter(re.findall(r"\b\w\w+\b", File(path).read_text("latin-1").lower())) for path in files]
-        counts = Counter()
-        for k in np.flatnonzero(~test):
-            counts.update(texts[k])
+        counts = Counter(word for text, held_out in zip(texts, test) if not held_out for word in text.elements())
         words = sorted(sorted(counts, key=lambda word: (-counts[word], word))[:2000])
         column, x = {word: j for j, word in enumerate(words)}, np.zeros((len(texts), len(words)), np.float32)
         for row, text in zip(x, texts):
@@ -439,9 +427,7 @@ def load_news20(config):
 
 
 def as_images(x, where, labels=None):
-    """Images in any usual shape and range -> (N, C, H, W) uint8, and labels, (N,) numbers or names; a clear failure where they
-    are not that. labels: "" for all if there are none.
-    """
+    """Images in any usual shape and range -> (N, C, H, W) uint8, and labels, (N,) numbers or names, "" where there are none."""
     x = np.asarray(x)
     x = x[:, None] if x.ndim == 3 else np.moveaxis(x, 3, 1) if x.ndim == 4 and x.shape[3] in (1, 3) else x
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape or x.dtype.kind not in "buif":
@@ -568,10 +554,8 @@ OWN = DataSet(load_own, {}, PAPER_COLOUR)
 def load_data(config):
     """The data set of a config, read from disk, downloaded or drawn. -> Data; a clear failure when it cannot be had."""
     known = DATASETS.get(config.dataset, OWN)
-    data = known.load(config)
-    if len(data.images) != len(data.labels) or len(data.test_images) != len(data.test_labels):
-        fail(f"{config.dataset} has {len(data.labels)} and {len(data.test_labels)} labels for {len(data.images)} and "
-             f"{len(data.test_images)} images")
+    data, some = known.load(config), slice(config.max_images or None)
+    data = data._replace(images=data.images[some], labels=data.labels[some])
     if data.images.dim() == 4:
         side, views = config.image_size or nearest(min(data.images.shape[2:])), known.views or VIEWS[data.images.shape[1]]
         data = data._replace(images=resized(data.images, side), test_images=resized(data.test_images, side), views=views)
@@ -587,9 +571,7 @@ def resized(x, side):
     return torch.cat([TF.resize(TF.center_crop(part, min(x.shape[2:])), [side, side]) for part in x.split(1000)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run: its folder, its files, its live line
-# ---------------------------------------------------------------------------------------------------------------------
+# == The run: its folder, its files, its live line ====================================================================
 
 SAVE_SECONDS = 60.0
 
@@ -670,7 +652,7 @@ def alone_in(folder):
             else:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):      # else it is a file system without locks
+            if isinstance(error, (BlockingIOError, PermissionError)):           # else it is a file system without locks
                 fail(f"{folder} is in use by another run: wait for it, or choose another folder by --out")
         yield
 
@@ -755,10 +737,8 @@ class Run:
 
 def random_state(device):
     """The state of torch's generators, the CPU's and the device's."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
+    own = {} if device.type == "cpu" else {device.type: torch.get_device_module(device).get_rng_state()}
+    return {"cpu": torch.get_rng_state()} | own
 
 
 def set_random_state(states, device):
@@ -773,9 +753,7 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# == Training =========================================================================================================
 
 def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, lr_decay, weight_decay=0.0, warmup_steps=1,
                 grad_clip=None, ema=None, prepare=lambda x: (), ahead=1):
@@ -793,8 +771,7 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
         for name, part in saved.items():
             part.load_state_dict(state["training"][name])
         for p, moments in optimizer.state.items():                     # fused Adam wants them laid out as p is on this device
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.zeros_like(p).copy_(moments[name])
+            moments.update({name: torch.zeros_like(p).copy_(moments[name]) for name in ("exp_avg", "exp_avg_sq")})
         set_random_state(state["random"], device)
     (rank, n) = world()
     agree(network.state_dict().values(), mean=False)
@@ -802,12 +779,12 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
         torch.manual_seed(run.config.seed + 1_000_003 * (rank + n * len(state["log"])))      # other noise for other images
     batch_size = min(batch_size, len(images)) // n * n                 # the same with any number of processes
     n_batches = len(images) // batch_size                              # the last, smaller one is left out; the next epoch shuffles anew
-    sums, began, done = state["sums"] if state.get("training") else {}, time.monotonic(), 0
+    sums, began, first = state["sums"] if state.get("training") else {}, time.monotonic(), state["epoch"] * n_batches + state["batch"]
 
     def means(steps):
         """The means of what was logged in the steps of this epoch; stops the run where one is not a number."""
         values = {name: float(value) / steps for name, value in sums.items()}
-        weights = sum(torch._foreach_norm([p.detach() for p in network.parameters()])).item()
+        weights = nn.utils.get_total_norm([p.detach() for p in network.parameters()]).item()
         if not math.isfinite(sum(values.values()) + weights):
             bad = ", ".join(name for name, value in values.items() if not math.isfinite(value)) or "a weight"
             fail(f"{title}, epoch {epoch + 1}, step {batch + 1}: {bad} is not a number any more; checkpoint.pt still holds the last "
@@ -838,9 +815,8 @@ def train_phase(run, title, step_loss, network, images, epochs, batch_size, lr, 
                 ema.update_parameters(network)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-            done += 1
             if run.due():
-                speed = done / (time.monotonic() - began)
+                speed = (step + 1 - first) / (time.monotonic() - began)
                 run.say(f"{title}  epoch {epoch + 1}/{epochs}  {in_words(means(batch + 1))}  {speed * batch_size:.0f} images/s  "
                         f"{clock((epochs * n_batches - step - 1) / speed)} left in this phase")
             if (batch + 1) % ahead and batch + 1 < n_batches:
@@ -897,18 +873,13 @@ def next_phase(tree, images, config, phase):
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
     stay = (sizes >= config.min_share * len(images)).sum()             # leaves that pruning will take do not count
     if stay < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:    # or leaves that stay tiny would be split for ever
-        split = tree.next_split(probs, config.tree_batch_size, hard=config.guided)
-        if split:
+        if split := tree.next_split(probs, config.tree_batch_size, hard=config.guided):
             leaf, mask = split
             n = sizes[tree.leaves.index(leaf)] if config.guided else mask.sum()
             children = tree.grow(leaf)
             return "grow", leaf, mask, f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}, which train on {mask.sum():d}"
-    pruned = []
-    while True:
-        share = config.min_share if len(tree.leaves) <= config.max_leaves else 1.0       # too many leaves: the smallest goes anyway
-        leaf = tree.next_prune(leaf_probs(tree, images), share)
-        if leaf is None:
-            break
+    pruned = []                                                        # while there are too many leaves, the smallest goes anyway
+    while leaf := tree.next_prune(leaf_probs(tree, images), config.min_share if len(tree.leaves) <= config.max_leaves else 1.0):
         tree.prune(leaf)
         pruned.append(leaf)
     done = f"the tree is grown; pruned: {', '.join(map(str, pruned)) or 'nothing'}"
@@ -938,14 +909,13 @@ def train_tree(run, tree, data):
                     data.images if node is None else data.images[state["mask"].to(run.device)], epochs_of[phase],
                     config.tree_batch_size if node is None else config.subtree_batch_size, config.tree_lr, config.tree_lr_decay,
                     config.weight_decay)
-        def frame(title):
-            state["frames"].append(dict(picture_of(tree, data.images), title=title))
-        frame(f"{phase}: {len(tree.leaves)} leaves" if node is None else f"leaf {node} was split" if node else "the root along the best cut")
+        title = f"{phase}: {len(tree.leaves)} leaves" if node is None else f"leaf {node} was split" if node else "the root along the best cut"
+        state["frames"].append(picture_of(tree, data.images, title))
         n_leaves = len(tree.leaves)
         phase, node, mask, why = next_phase(tree, data.images, config, phase)
         state["log"].append(dict(seconds=round(run.seconds(), 1), phase=phase, node=node, note=why))
         if len(tree.leaves) < n_leaves:
-            frame(f"pruned: {len(tree.leaves)} leaves")
+            state["frames"].append(picture_of(tree, data.images, f"pruned: {len(tree.leaves)} leaves"))
         guide = make_guide(tree, data.images[mask]) if node is not None and config.guided else None
         run.save(phase=phase, node=node, mask=mask if mask is None else mask.cpu(), guide=guide, epoch=0, batch=0, training=None,
                  parents=list(tree.parents), tree=tree.state_dict())
@@ -983,8 +953,7 @@ def conditioned(networks, config, tree, path):
     """What a path tells the U-Net: the net to ask, which sees the reconstruction if it shall, and y (B, emb_dim) or None."""
     net = networks["unet"]
     if config.with_reconstruction:
-        with torch.no_grad():
-            net = beside(net, 2 * tree.decode(path) - 1)
+        net = beside(net, 2 * tree.decode(path) - 1)
     return net, networks["path_encoder"](*path)
 
 
@@ -1016,7 +985,6 @@ def train_diffusion(run, tree, data):
     tree.requires_grad_(False).eval()                                  # eval: a path is then what it is in sampling
     diffusion, networks = Diffusion(config.timesteps).to(device), build_denoiser(config, tree, device)
     ema = moving_average(networks, config.ema_decay)
-    sample_paths = torch.no_grad()(tree.infer_path)                    # one leaf sampled from P(l; c), and its z: eq. (6)
     if config.compile:
         networks["unet"].compile()
 
@@ -1030,18 +998,16 @@ def train_diffusion(run, tree, data):
 
     train_phase(run, "diffusion", step_loss, networks, data.images, config.diffusion_epochs, config.diffusion_batch_size,
                 config.diffusion_lr, config.diffusion_lr_decay, 0.0, config.warmup_steps, config.grad_clip, ema,
-                sample_paths, max(1, PATHS_AHEAD // config.diffusion_batch_size))
+                tree.infer_path, max(1, PATHS_AHEAD // config.diffusion_batch_size))         # the leaf sampled from P(l; c): eq. (6)
     write(run.folder / "diffusion.pt", lambda file: torch.save(ema.module.state_dict(), file))
     run.save(phase="done", training=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# == Pictures =========================================================================================================
 
 @torch.no_grad()
-def picture_of(tree, images):
-    """A frame of the growing tree: its parents, leaves, their share of the images, and what each leaf's decoder draws."""
+def picture_of(tree, images, title):
+    """A frame of the growing tree, what `draw_tree` wants: of each leaf its share of the images, and what its decoder draws."""
     tree.eval()
     sizes = torch.bincount(leaf_probs(tree, images[:10000]).argmax(1), minlength=len(tree.leaves))
     drawn = []
@@ -1051,16 +1017,13 @@ def picture_of(tree, images):
             router = tree.nodes[i].router_p
             log_p = tree._children_reach(i, log_p, router and router(path.z[:, h]))[way[h + 1]]
         drawn.append(torch.tensordot(log_p.softmax(0), tree.decode(path), 1))
-    return dict(parents=list(tree.parents), leaves=tree.leaves, shares=(sizes / sizes.sum()).tolist(),
+    return dict(title=title, parents=list(tree.parents), leaves=tree.leaves, shares=(sizes / sizes.sum()).tolist(),
                 images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
 
 
 def draw_tree(ax, parents, leaves, shares, images, title="", words=None):
-    """Draw a tree with its leaves' images (L, n, C, H, W) uint8, n below one another, and their shares of the data.
-
-    Of vectors (L, n, len(words)) the words of their largest entries are written.
-
-    -> the y below which nothing is drawn yet; leaf k is at x = k and 1 wide, the axes are in the same unit up and down.
+    """Draw a tree with its leaves' images (L, n, C, H, W) uint8, n below one another, and their shares of the data; of vectors
+    (L, n, len(words)) the words of their largest entries. -> the y below which nothing is drawn yet; leaf k is at x = k, 1 wide.
     """
     place = {leaf: (column, 0.0) for column, leaf in enumerate(leaves)}
     for i in reversed(range(len(parents))):                            # children before parents: ids grow downwards
@@ -1082,7 +1045,7 @@ def draw_tree(ax, parents, leaves, shares, images, title="", words=None):
             ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), zorder=3,
                       extent=(column - 0.47, column + 0.47, -row - 0.97, -row - 0.03))
         ax.text(column, -row - 1.05, f"leaf {leaf}\n{100 * shares[column]:.0f}%", ha="center", va="top", fontsize=7)
-    bottom = -row - 1.55
+    bottom = -images.shape[1] - 0.55
     ax.set(xlim=(-0.6, len(leaves) - 0.4), ylim=(bottom, place[0][1] + 0.3), aspect="equal")
     ax.set_title(title, fontsize=9)
     ax.axis("off")
@@ -1115,37 +1078,32 @@ def draw_training(run, words=None):
 
     frames, columns = run.state["frames"], 4
     lines = math.ceil(len(frames) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(15, 2.6 * lines), layout="constrained", squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, frame in zip(axes.flat, frames):
-        draw_tree(ax, **frame, words=words)
+    figure = plt.figure(figsize=(15, 2.6 * lines), layout="constrained")
+    for k, frame in enumerate(frames):
+        draw_tree(figure.add_subplot(lines, columns, k + 1), **frame, words=words)
     save_figure(figure, run.folder / "growth.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the command line to a finished run, and back from a folder
-# ---------------------------------------------------------------------------------------------------------------------
+# == From the command line to a finished run, and back from a folder ==================================================
 
 def parse_flags(argv):
     """argv -> Config, and "resume", "overwrite" or "start". What is not typed comes from --quick, the data set or the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="In brackets: the preset tiny. Other presets and "
-                                     "some data sets have settings of their own; a run's are in its config.json.")
+                                     "some data sets have settings of their own; a run's are in its config.json.",
+                                     argument_default=argparse.SUPPRESS)                         # only what is typed
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
-    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, whose files go")
+    how.add_argument("--resume", dest="how", action="store_const", const="resume", help="go on with the run in the folder, with its own settings")
+    how.add_argument("--overwrite", dest="how", action="store_const", const="overwrite",
+                     help="start anew in a folder that holds a run, whose files go")
     parser.add_argument("--quick", action="store_true", help="a few steps of every phase, to see that all works here")
     for f in fields(Config):
-        kind = dict(type=f.type, choices=f.metadata["choices"],
-                    metavar=None if f.metadata["choices"] else "N" if f.type in (int, float) else "TEXT")
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None,
+        choices = f.metadata["choices"]
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=choices, metavar=None if choices else "N" if f.type in (int, float) else "TEXT")
+        parser.add_argument("--" + f.name.replace("_", "-"),
                             help=f"{f.metadata['help']} (tiny: {f.default if f.default != '' else 'empty'})", **kind)
-    flags = vars(parser.parse_args(argv))
-    quick, asked = flags.pop("quick"), [name for name in ("resume", "overwrite") if flags.pop(name)]
-    how = asked[0] if asked else "start"
-    typed = {name: value for name, value in flags.items() if value is not None}
+    typed = vars(parser.parse_args(argv))
+    quick, how = typed.pop("quick", False), typed.pop("how", "start")
     source = asdict(load_config(typed["tree"])) if typed.get("tree") and how != "resume" else {}
     own = os.path.expanduser(typed.get("dataset", ""))
     if own not in DATASETS and os.path.exists(own):
@@ -1188,9 +1146,8 @@ def check(config):
     for name, may_be_empty in (("unet_multipliers", ""), ("unet_attention", "|")):
         if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*" + may_be_empty, getattr(config, name)):
             fail(f"--{name.replace('_', '-')} must be whole numbers separated by commas, such as 1,2,2, not {getattr(config, name)!r}")
-    if config.representation_dim not in (1, 2, 4) or config.representation_dim != 1 and "mlp" in (
-            config.encoder, config.decoder):
-        fail("--representation-dim must be 1, 2 or 4, and 1 with an mlp as --encoder or --decoder")
+    if config.representation_dim != 1 and "mlp" in (config.encoder, config.decoder):
+        fail("--representation-dim must be 1 with an mlp as --encoder or --decoder")
     if config.max_leaves > 2 ** min(config.max_depth, 30):
         fail(f"a tree of depth {config.max_depth} has at most {2 ** config.max_depth} leaves: raise --max-depth or lower --max-leaves")
     if config.min_share * config.max_leaves > 1:
@@ -1233,14 +1190,13 @@ def load_state(config, images=None):
             state = dict(read_saved(File(config.out) / name))
             if asdict(Config()) | state["config"] != asdict(Config()) | identity(config) or images not in (None, state["images"]):
                 raise ValueError("it is of a run with other settings or other images")
+            if wrong:
+                note(f"{wrong[0]}; going on from {name}")
+            return state
         except FileNotFoundError:
-            continue
+            pass
         except Exception as error:                                     # a damaged file shows itself in many ways
             wrong.append(f"{name} cannot be used ({type(error).__name__}: {first_line(error)})")
-            continue
-        if wrong:
-            note(f"{wrong[0]}; going on from {name}")
-        return state
     if wrong:
         fail(f"in {config.out} {' and '.join(wrong)}; put back a copy, or start anew with --overwrite")
 
@@ -1259,12 +1215,13 @@ def load_config(folder, **changes):
 
 def pick_device(name):
     """The named device, or the first there is of cuda, mps, cpu."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name != "auto" and not there[name]:
-        fail(f"there is no {name} device here; use --device {[n for n, yes in there.items() if yes][0]}, or leave it out")
+    able = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    there = [name for name, yes in able.items() if yes]
+    if name not in ("auto", *there):
+        fail(f"there is no {name} device here; use --device {there[0]}, or leave it out")
     torch.set_float32_matmul_precision("high")                         # TF32 on CUDA
     torch.backends.cudnn.benchmark = True
-    name = name if name != "auto" else [n for n, yes in there.items() if yes][0]
+    name = there[0] if name == "auto" else name
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():       # started by torchrun
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -1310,8 +1267,7 @@ def taken(folder, images):
 
 def begin(config, device, data, how):
     """A new run in its folder, or the one that is there as its checkpoint has it. -> Run, TreeVAE"""
-    some = data.images[::1 + len(data.images) // 10000].numpy()
-    mark = dict(config=identity(config), images=zlib.crc32(np.ascontiguousarray(some)))
+    mark = dict(config=identity(config), images=zlib.crc32(data.images[::1 + len(data.images) // 10000].numpy().tobytes()))
     state = load_state(config, mark["images"]) if how == "resume" else None
     (rank, n) = world()
     if n > 1:
@@ -1362,7 +1318,6 @@ def main(argv=None):
     if how == "overwrite" and (folder / "config.json").exists() and not (folder / "log.csv").exists():
         load_config(folder)                                            # which is a run's, or nothing is overwritten
     device, data = pick_device(config.device), load_data(config)
-    data = data._replace(images=data.images[:config.max_images or None])
     (rank, n) = world()
     sizes = (config.tree_batch_size, config.subtree_batch_size, config.diffusion_batch_size)
     if any(size % n for size in sizes) or min(*sizes[:2], len(data.images)) < 2 * n:
@@ -1372,10 +1327,10 @@ def main(argv=None):
         fail(f"--{name.replace('_', '-')} must be {VECTORS[name]} here: of vectors there are neither random views nor a stage 2")
     with alone_in(folder) if rank == 0 else contextlib.nullcontext():
         run, tree = begin(config, device, data, how)
-        say = print if rank == 0 else lambda *text, **kwargs: None
+        say = partial(show, last=True)
         say(f"{config.dataset}: {len(data.images)} training {'vectors' if vectors else 'images'} {tuple(data.images.shape[1:])}; "
             f"preset {config.preset}; on {device}{f' x {n}' * (n > 1)} ({torch.get_num_threads()} threads); into {folder}\n"
-            f"{HOW_LONG.get(config.preset, 'half a minute')}" + "; there is no stage 2 for vectors" * vectors, flush=True)
+            f"{HOW_LONG.get(config.preset, 'half a minute')}" + "; there is no stage 2 for vectors" * vectors)
         if len(data.images) < config.tree_batch_size:
             note(f"{len(data.images)} images are fewer than a batch of {config.tree_batch_size}: that has all, no leaf is split")
         data = data._replace(images=data.images.to(device))

@@ -66,10 +66,9 @@ class Path(NamedTuple):
     nodes: torch.Tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The networks. All latent maps are r x r; at r = 1 each convolution among them is a linear layer, and with an MLP as
-# encoder and decoders the model is the vector form of the original TreeVAE.
-# ---------------------------------------------------------------------------------------------------------------------
+# == The networks =====================================================================================================
+# All latent maps are r x r; at r = 1 each convolution among them is a linear layer, and with an MLP as encoder and decoders the
+# model is the vector form of the original TreeVAE.
 
 class Conv(nn.Conv2d):
     """A convolution that knows it is a linear layer where map and kernel are 1 x 1: 2.5 times faster there on a CPU."""
@@ -80,13 +79,14 @@ class Conv(nn.Conv2d):
         return super().forward(x)
 
 
-def block(c_in, c_out, kernel=1, conv=Conv, **kwargs):
-    """Convolution, batch norm, activation: what every network here is made of.
+def block(c_in, c_out, kernel=1, conv=Conv, padding=None, **kwargs):
+    """Convolution, batch norm, activation: what every network here is made of. Padding: by default an odd kernel keeps the size.
 
     Batch norm is more than speed: it centres what a router's logit is made from, so that a fresh router divides its images.
     With group norm in its place the first router sent all of Fashion-MNIST to one side within an epoch.
     """
-    return nn.Sequential(conv(c_in, c_out, kernel, **kwargs), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
+    layer = conv(c_in, c_out, kernel, padding=kernel // 2 if padding is None else padding, **kwargs)
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
 
 def dense(c_in, c_out):
@@ -109,7 +109,7 @@ class Residual(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.f = nn.Sequential(block(channels, channels, 3, padding=1), block(channels, channels, 3, padding=1))
+        self.f = nn.Sequential(block(channels, channels, 3), block(channels, channels, 3))
 
     def forward(self, h):
         return h + self.f(h)
@@ -125,13 +125,12 @@ def make_encoder(kind, image_shape, width, channels, r):
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), dense(math.prod(image_shape), 8 * width), dense(8 * width, channels),
                              nn.Unflatten(1, (channels, 1, 1)))
-    halvings = len(map_sides(image_shape[-1])) - 1
-    widths = [width] + [2 * width] * halvings
-    layers = [block(image_shape[0], width, 8, stride=4, padding=2)]
-    for k in range(halvings):
-        layers += [Residual(widths[k])] * (kind == "resnet") + [block(widths[k], widths[k + 1], 3, stride=2, padding=1)]
-    layers += [Residual(widths[-1])] * (kind == "resnet")
-    return nn.Sequential(*layers, block(widths[-1], channels, 4 // r, stride=4 // r))
+    layers, c = [block(image_shape[0], width, 8, stride=4, padding=2)], width
+    for _ in map_sides(image_shape[-1])[1:]:
+        layers += [Residual(c)] * (kind == "resnet") + [block(c, 2 * width, 3, stride=2)]
+        c = 2 * width
+    layers += [Residual(c)] * (kind == "resnet")
+    return nn.Sequential(*layers, block(c, channels, 4 // r, stride=4 // r, padding=0))
 
 
 def make_decoder(kind, image_shape, width, channels, r):
@@ -145,20 +144,16 @@ def make_decoder(kind, image_shape, width, channels, r):
                              nn.Linear(4 * width, math.prod(image_shape)), nn.Unflatten(1, image_shape))
     sides = map_sides(image_shape[-1])[::-1]                                   # [4, 7] for 28
     widths = [2 * width] * (len(sides) - 1) + [width]
-    layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, stride=4 // r)]
+    layers = [block(channels, widths[0], 4 // r, nn.ConvTranspose2d, padding=0, stride=4 // r)]
     for k in range(len(sides) - 1):
-        odd = sides[k + 1] - (2 * sides[k] - 1)                                # 0 for 4 -> 7, 1 for 4 -> 8
         layers += [Residual(widths[k])] * (kind == "resnet") + [
-            block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, padding=1, output_padding=odd)]
+            block(widths[k], widths[k + 1], 3, nn.ConvTranspose2d, stride=2, output_padding=1 - sides[k + 1] % 2)]   # 4 -> 7 or 8
     layers += [Residual(width)] * (kind == "resnet")
     return nn.Sequential(*layers, nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4))
 
 
 class ToGaussian(nn.Module):
-    """Features (B, c_in, r, r) -> a Gaussian of z: a linear mean, eq. (13), and the softplus of a linear variance, eq. (14).
-
-    Linear over the channels of each position: a 1 x 1 convolution.
-    """
+    """Features (B, c_in, r, r) -> a Gaussian of z: a mean, eq. (13), and the softplus of a variance, eq. (14), linear at each position."""
 
     def __init__(self, c_in, channels):
         super().__init__()
@@ -174,7 +169,7 @@ class Router(nn.Module):
 
     def __init__(self, c_in, hidden, r, kernel):
         super().__init__()
-        self.net = nn.Sequential(block(c_in, hidden, kernel, padding=kernel // 2), nn.Flatten(), nn.Linear(hidden * r * r, 1))
+        self.net = nn.Sequential(block(c_in, hidden, kernel), nn.Flatten(), nn.Linear(hidden * r * r, 1))
 
     def forward(self, h):
         return self.net(h).float().squeeze(1)
@@ -233,7 +228,7 @@ class TreeVAE(nn.Module):
         self.latent_shape, self.hidden, self.decoder, self.width = (latent_channels, r, r), bottom_up_channels, decoder, width
         self.kernel = 3 if r > 1 else 1
         self.encoder = make_encoder(encoder, self.image_shape, width, self.hidden, r)
-        self.bottom_up = nn.ModuleList([self._hidden_block(self.hidden) for _ in range(max_depth)])   # MLP_h, h = 0..H-1
+        self.bottom_up = nn.ModuleList([block(self.hidden, self.hidden, self.kernel) for _ in range(max_depth)])   # MLP_h, h = 0..H-1
         self.heads = nn.ModuleList([nn.Sequential(nn.Flatten(), nn.Linear(self.hidden * r * r, self.hidden), nn.LeakyReLU(0.1),
                                                   nn.Linear(self.hidden, 10)) for _ in range((max_depth + 1) * contrastive)])
         self.parents = list(parents)
@@ -269,9 +264,6 @@ class TreeVAE(nn.Module):
         """The depth of node i; 0 at the root."""
         return len(self.path_to(i)) - 1
 
-    def _hidden_block(self, c_in):
-        return block(c_in, self.hidden, self.kernel, padding=self.kernel // 2)
-
     def _equip(self, i):
         """Give node i the networks that its place asks for and take those that it does not; others stay as they are."""
         node, (c, r, _), n_children = self.nodes[i], self.latent_shape, len(self.children_of(i))
@@ -282,7 +274,7 @@ class TreeVAE(nn.Module):
             elif getattr(node, name) is None:
                 setattr(node, name, build().to(device).train(self.training))
         make("evidence", True, lambda: ToGaussian(self.hidden, c))
-        make("transformation", i != 0, lambda: nn.Sequential(self._hidden_block(c), ToGaussian(self.hidden, c)))
+        make("transformation", i != 0, lambda: nn.Sequential(block(c, self.hidden, self.kernel), ToGaussian(self.hidden, c)))
         make("router_p", n_children == 2, lambda: Router(c, self.hidden, r, self.kernel))
         make("router_q", n_children == 2, lambda: Router(self.hidden, self.hidden, r, self.kernel))
         make("decoder", n_children == 0, lambda: make_decoder(self.decoder, self.image_shape, self.width, c, r))
@@ -312,7 +304,7 @@ class TreeVAE(nn.Module):
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:
             router = self.nodes[i].router_q
-            log_reach |= self._children_reach(i, log_reach[i], router(d[self.depth(i)]) if router is not None else None)
+            log_reach |= self._children_reach(i, log_reach[i], router and router(d[self.depth(i)]))
         return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
 
     def _posterior(self, i, d_i, z_parent):
@@ -335,8 +327,8 @@ class TreeVAE(nn.Module):
             node, d_i = self.nodes[i], d[self.depth(i)]
             q, p = self._posterior(i, d_i, z.get(self.parents[i]))
             z[i] = q.sample()
-            logit_q = node.router_q(d_i) if node.router_q is not None else None                     # eq. (18)
-            logit_p = node.router_p(z[i]) if node.router_p is not None else None                    # eq. (9)
+            logit_q = node.router_q and node.router_q(d_i)                     # eq. (18); None where there is no decision
+            logit_p = node.router_p and node.router_p(z[i])                    # eq. (9)
             log_reach_q |= self._children_reach(i, log_reach_q[i], logit_q)
             log_reach_p |= self._children_reach(i, log_reach_p[i], logit_p)
             yield Visit(i, z[i], q, p, logit_q, logit_p, log_reach_q[i], log_reach_p[i])
@@ -350,20 +342,17 @@ class TreeVAE(nn.Module):
             return (x * out - F.softplus(out)).flatten(1).sum(1)               # x log mu + (1 - x) log(1 - mu), mu = sigmoid(out)
         return Gaussian(out, torch.ones_like(out)).log_prob(x)
 
-    def elbo(self, x, below=None):
+    def elbo(self, x, below=None, visits=None):
         """L(x | T), eq. (21), by one sample of the tree: dict of (B,) tensors in nats.
 
         "elbo" = "reconstruction" - "kl_root" - "kl_nodes" - "kl_decisions". Each z is sampled once, each KL is in closed form given
         its parent's z. The expectation over the decisions is exact: each term is multiplied by P(i; c), so that a node counts
         as often as it is reached.
         below: only the terms of the nodes on the path to this node, which do not change while a split trains but whose z are
-        needed, and under it, which do; their sum is a part of the ELBO, not to be compared with the whole.
+        needed, and under it, which do; their sum is a part of the ELBO, not to be compared with the whole. visits: a `walk` that there is.
         """
-        return self._elbo(x, self.walk(self.bottom_up_pass(x), below))
-
-    def _elbo(self, x, visits):
         reconstruction = kl_root = kl_nodes = kl_decisions = torch.zeros(len(x), device=x.device)
-        for v in visits:
+        for v in visits or self.walk(self.bottom_up_pass(x), below):
             reach = v.log_reach_q.exp()                                        # P(i; c)
             if v.node == 0:
                 kl_root = v.q.kl(v.p)
@@ -390,7 +379,7 @@ class TreeVAE(nn.Module):
         """
         d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
         visits = list(self.walk([h[:len(x)] for h in d], below))
-        means = {name: term.mean() for name, term in self._elbo(x, visits).items()}
+        means = {name: term.mean() for name, term in self.elbo(x, visits=visits).items()}
         loss = kl_weight * (means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]) - means["reconstruction"]
         if view is not None:
             means["contrastive"] = self.contrastive_loss(d, visits, below)
@@ -512,12 +501,11 @@ class TreeVAE(nn.Module):
 
     def decode(self, path):
         """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1], to which colour is clamped."""
-        images = torch.zeros(len(path.z), *self.image_shape, device=path.z.device)
+        images, ends = torch.zeros(len(path.z), *self.image_shape, device=path.z.device), path.nodes.amax(1)
         for leaf in self.leaves:
-            h = self.depth(leaf)
-            rows = (path.nodes[:, h] == leaf).nonzero().squeeze(1) if h < path.nodes.shape[1] else []
+            rows = (ends == leaf).nonzero().squeeze(1)
             if len(rows):
-                out = self.nodes[leaf].decoder(path.z[rows, h]).float()
+                out = self.nodes[leaf].decoder(path.z[rows, self.depth(leaf)]).float()
                 images[rows] = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
         return images
 
@@ -573,8 +561,7 @@ class TreeVAE(nn.Module):
         """
         self.requires_grad_(node is None).train(node is None)
         if node is not None:
-            split = self.nodes[node]
-            for module in [split.router_p, split.router_q] + [self.nodes[i] for i in self.children_of(node)]:
+            for module in [self.nodes[node].router_p, self.nodes[node].router_q, *(self.nodes[i] for i in self.children_of(node))]:
                 module.requires_grad_(True).train()
 
 
@@ -615,9 +602,7 @@ def nt_xent(a, temperature, log_weight=None):
     agreement = (a[0] * a[1]).sum(1).repeat(2)                                 # s(a_i, a_i') / tau of all 2 B views
     a = a.flatten(0, 1)
     others = (a @ a.T).fill_diagonal_(-math.inf)
-    if log_weight is None:
-        return (others.logsumexp(1) - agreement).mean()
-    log_weight = log_weight.repeat(2)
+    log_weight = torch.zeros_like(agreement) if log_weight is None else log_weight.repeat(2)
     return (log_weight.exp() * ((others + log_weight).logsumexp(1) - agreement)).mean()
 
 
