@@ -535,7 +535,7 @@ class DataSet(NamedTuple):
 DATASETS = {
     "shapes": DataSet(lambda config: Data(*draw_shapes(8000, 0), *draw_shapes(2000, 1), SHAPES), DRAWN),
     "shapes-rgb": DataSet(lambda config: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES), DRAWN_RGB,
-                          PAPER_COLOUR),
+                          PAPER_COLOUR, views=Views((0.6, 1.0), (0.9, 1.1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.0)),     # a disc stays a disc
     "mnist": DataSet(partial(load_arrays, sets.MNIST), views=Views(flip_p=0.0)),      # a mirrored digit is another sign
     "fashion": DataSet(partial(load_arrays, sets.FashionMNIST)),
     "cifar10": DataSet(partial(load_arrays, sets.CIFAR10), {}, PAPER_COLOUR),
