@@ -45,17 +45,17 @@ class Painter:
         """x_T: (n, C, H, W), all at once and on the CPU, so that neither batches nor the device change it."""
         return torch.randn(n, *self.tree.image_shape).to(self.device)
 
-    def draw(self, path, x_T=None, batch_size=64, seen=None):
+    def draw(self, path, x_T=None, batch_size=64, seen=None, eta=None):
         """Images of n paths: by the tree's decoders and by diffusion; both (n, C, H, W) in [0, 1], on the CPU.
 
-        seen: a list for what DDIM saw on the way, batch by batch, as `Diffusion.ddim_sample` has it.
+        eta: of DDIM, the painter's if None. seen: a list for what DDIM saw on the way, batch by batch, as `Diffusion.ddim_sample` has it.
         """
         x_T, images = self.noise(len(path.z)) if x_T is None else x_T, []
         for rows in torch.arange(len(path.z), device=self.device).split(batch_size):
             net, y = train.conditioned(self.networks, self.config, self.tree, Path(path.z[rows], path.nodes[rows]))
             with train.autocast(self.config, self.device):
-                images.append(self.diffusion.ddim_sample(guided(net, self.guidance), x_T[rows].shape, y, self.steps, self.eta,
-                                                         x_T=x_T[rows], seen=seen))
+                images.append(self.diffusion.ddim_sample(guided(net, self.guidance), x_T[rows].shape, y, self.steps,
+                                                         self.eta if eta is None else eta, x_T=x_T[rows], seen=seen))
         return self.tree.decode(path).cpu(), (torch.cat(images).cpu() + 1) / 2
 
     def new_paths(self, n, nodes=None, pools=8):
@@ -125,7 +125,7 @@ def draw_denoising(painter, file, columns=10):
 
 
 def draw_interpolation(painter, seed, file, n=10, rows=3):
-    """interpolation.png: z_0 from one sample of the first leaf's to another; all further randomness (but eta's) is the same along a row.
+    """interpolation.png: z_0 from one sample of the first leaf's to another; all further randomness is the same along a row.
 
     cos(a) z + sin(a) z', a from 0 to a right angle, is as long as samples of N(0, I) are; the middle of a straight line is shorter.
     """
@@ -136,7 +136,7 @@ def draw_interpolation(painter, seed, file, n=10, rows=3):
             torch.manual_seed(seed + row)                              # the z below the root differ by z_0 alone
             paths.append(tree.sample_path(1, tree.leaves[0], (angle.cos() * start + angle.sin() * end)[None]))
         torch.manual_seed(seed + rows + row)
-    decoded, drawn = painter.draw(join(paths), torch.cat(noise))
+    decoded, drawn = painter.draw(join(paths), torch.cat(noise), eta=0.0)
     both = torch.stack([part.view(rows, n, *tree.image_shape) for part in (decoded, drawn)], 1)
     title = f"From one z_0 to another under leaf {tree.leaves[0]}; TreeVAE above diffusion, {rows} pairs"
     draw_grids(file, (0.62 * n, 0.62 * 2 * rows + 0.4), n, {title: both.flatten(0, 2)})
@@ -245,7 +245,7 @@ def main(argv=None):
 
     roots = torch.randn(4, *tree.latent_shape, device=painter.device)
     paths = join([tree.sample_path(len(roots), leaf, roots) for leaf in tree.leaves])
-    decoded, drawn = painter.draw(paths, painter.noise(len(roots)).repeat(len(tree.leaves), 1, 1, 1))
+    decoded, drawn = painter.draw(paths, painter.noise(len(roots)).repeat(len(tree.leaves), 1, 1, 1), eta=0.0)
     both = torch.stack([part.view(len(tree.leaves), len(roots), *tree.image_shape).transpose(0, 1) for part in (decoded, drawn)], 1)
     draw_grids(folder / "one_root.png", (0.62 * len(tree.leaves), 6), len(tree.leaves), {
         "As Figure 4: one z_0 and one x_T through every leaf (columns);\n4 samples, TreeVAE above diffusion": both.flatten(0, 2)})

@@ -284,14 +284,14 @@ def test_bad_images_are_named_skipped_and_counted(tmp_path, capsys):
     (folder / "notes.txt").write_text("no image, and not meant to be")
     (folder / "._0.png").write_bytes(b"what macOS leaves")
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    to_pil_image(torch.zeros(1, 28, 28, dtype=torch.int16) + 20000).save(folder / "deep.png")
+    (folder / "deep.png").write_bytes(whole[:24] + b"\x10\0" + whole[26:])      # grey, of 16 bits
     size = struct.pack(">II", 30000, 30000)                                     # 900 million pixels
     header = b"IHDR" + size + whole[24:29]
     (folder / "bomb.png").write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
     data = load(folder)
     error = capsys.readouterr().err
     assert len(data.images) + len(data.test_images) == 20 and error.count("\n") == 1
-    assert "6 of 26 images cannot be read and are left out" in error and "bomb" in error and "'cut.png'" in error
+    assert "6 of 26 images cannot be read and are left out" in error and "bomb" in error and "'cut.png'" in error and "16 bits" in error
 
 
 def test_a_cache_is_used_kept_true_and_not_trusted(tmp_path, capsys, monkeypatch):
