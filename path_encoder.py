@@ -66,8 +66,8 @@ if __name__ == "__main__":
     y = encoder(z, nodes)
     print(f"  nodes {nodes.tolist()}   (-1 pads the shorter path)\n  z {tuple(z.shape)}\n  y = sum of f_z(z_i) + f_id(i): {tuple(y.shape)}")
     order = [2, 0, 1]
-    print(f"y with the nodes in another order changes by {(encoder(z[:, order], nodes[:, order]) - y).abs().max().item():.1e}: it is a sum")
+    print(f"y changes by {(encoder(z[:, order], nodes[:, order]) - y).abs().max().item():.1e} when the nodes come in another order: it is a sum")
     for where, what, why in (((1, 2), "the padding's z", "it is masked"), ((0, 0), "the root's z", "every level has its say")):
         moved = z.clone()
         moved[where] += 1
-        print(f"y when {what} changes, changes by {(encoder(moved, nodes) - y).abs().max().item():.1e}: {why}")
+        print(f"y changes by {(encoder(moved, nodes) - y).abs().max().item():.1e} when {what} does: {why}")
