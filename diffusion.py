@@ -23,7 +23,8 @@ from torch import nn
 class Diffusion(nn.Module):
     """The noise schedule and everything that follows from it. It has no parameters; `.to(device)` moves its tables.
 
-    The tables are (T, 1, 1, 1), so that abar[t] is (B, 1, 1, 1) and multiplies images. A net is called net(x_t, t, y) and returns its estimate of eps, with the shape of x_t.
+    The tables are (T, 1, 1, 1), so that abar[t] is (B, 1, 1, 1) and multiplies images. A net is called net(x_t, t, y) and returns its
+    estimate of eps, with the shape of x_t.
     """
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):

@@ -416,7 +416,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of all samples (default: 0)")
     flags = parser.parse_args(argv)
     flags.ll_samples = 1000 * flags.full if flags.ll_samples is None else flags.ll_samples
-    if flags.ll_samples < 0 or flags.images is not None and flags.images < 2 or not 0 <= flags.seed < 2 ** 31 or flags.steps is not None and flags.steps < 1:
+    if (flags.ll_samples < 0 or flags.images is not None and flags.images < 2 or not 0 <= flags.seed < 2 ** 31
+            or flags.steps is not None and flags.steps < 1):
         train.fail("--ll-samples must be at least 0, --images at least 2, --steps at least 1 and --seed in 0..2147483647")
     text, beside = table([measure(folder, flags) for folder in flags.runs]), File(flags.runs[0]).parent
     print(text)

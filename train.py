@@ -135,7 +135,7 @@ class Config:
     unet_blocks: int = setting(1, "residual blocks a scale", least=1)
     unet_attention: str = setting("", "sides of the feature maps with self-attention (the middle always has it)")
     dropout: float = setting(0.0, "dropout in the residual blocks")
-    timesteps: int = setting(1000, "T, steps of the noise schedule; the images of the last are noise only from some 1000 on", least=1)
+    timesteps: int = setting(1000, "T, steps of the noise schedule; with far fewer than 1000 the last x_t is not yet pure noise", least=1)
     diffusion_epochs: int = setting(3, "epochs of stage 2; 0 trains only the tree")
     diffusion_batch_size: int = setting(32, "images a step, stage 2", least=1)
     diffusion_lr: float = setting(1e-3, "learning rate of Adam, stage 2")
@@ -865,7 +865,8 @@ def next_phase(tree, images, config, phase):
     if phase == "finetune":
         return "diffusion", None, None, "the tree is done"
     if phase == "initial" and config.guided and config.max_leaves > 1:
-        return "grow", 0, torch.ones(len(images), dtype=torch.bool, device=images.device), "the root's routers and children train again, along the best cut"
+        everything = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        return "grow", 0, everything, "the root's routers and children train again, along the best cut"
     splits = (len(tree.parents) - 3) // 2                              # after the root's
     if phase == "grow" and splits and splits % 3 == 0 and config.intermediate_epochs:
         return "intermediate", None, None, f"all parameters train after {splits} splits"
@@ -877,7 +878,8 @@ def next_phase(tree, images, config, phase):
             leaf, mask = split
             n = sizes[tree.leaves.index(leaf)] if config.guided else mask.sum()
             children = tree.grow(leaf)
-            return "grow", leaf, mask, f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}, which train on {mask.sum():d}"
+            return "grow", leaf, mask, (f"leaf {leaf} has the most images, {n:d}: it is split into {children[0]} and {children[1]}, "
+                                        f"which train on {mask.sum():d}")
     pruned = []                                                        # while there are too many leaves, the smallest goes anyway
     while leaf := tree.next_prune(leaf_probs(tree, images), config.min_share if len(tree.leaves) <= config.max_leaves else 1.0):
         tree.prune(leaf)
@@ -1011,7 +1013,7 @@ def picture_of(tree, images, title):
     tree.eval()
     sizes = torch.bincount(leaf_probs(tree, images[:10000]).argmax(1), minlength=len(tree.leaves))
     drawn = []
-    for leaf in tree.leaves:                                           # paths sent there count as they would have gone there by themselves
+    for leaf in tree.leaves:                                           # paths are sent there, and weighted by how probably they would have gone
         path, way, log_p = tree.sample_path(64, leaf), tree.path_to(leaf), torch.zeros(64, device=images.device)
         for h, i in enumerate(way[:-1]):
             router = tree.nodes[i].router_p
@@ -1250,8 +1252,8 @@ def load_run(folder, device="auto", data_root=None, need_diffusion=True):
 
 
 FILES = ("config.json", "checkpoint.pt", "checkpoint_old.pt", "log.csv", "tree.pt", "diffusion.pt", "metrics.json", "growth.gif",
-         *(f"{name}.png" for name in ("growth", "growth_scores", "curves", "tree", "leaves", "one_root", "reconstructions", "denoising", "interpolation",
-                                      "leaf_*", "node_*")))                                      # what --overwrite takes away
+         *(f"{name}.png" for name in ("growth", "growth_scores", "curves", "tree", "leaves", "one_root", "reconstructions", "denoising",
+                                      "interpolation", "leaf_*", "node_*")))                     # what --overwrite takes away
 
 
 def taken(folder, images):
