@@ -97,7 +97,7 @@ def draw_tree(painter, images, file):
     tree, data = painter.tree, painter.data
     column = train.leaf_probs(tree, data.test_images.to(painter.device)).argmax(1).cpu()
     shares = (torch.bincount(column, minlength=len(tree.leaves)) / len(column)).tolist()
-    figure, ax = plt.subplots(figsize=(1.5 * len(tree.leaves) + 1, 8))
+    figure, ax = plt.subplots(figsize=(1.5 * len(tree.leaves) + 1, 6 + 0.6 * max(map(tree.depth, tree.leaves))))
     bottom = train.draw_tree(ax, tree.parents, tree.leaves, shares, (255 * images[:, :3].clamp(0, 1)).byte())
     if data.classes:
         for k in range(len(tree.leaves)):
@@ -109,7 +109,7 @@ def draw_tree(painter, images, file):
             top = [f"{data.classes[c]} {100 * counts[c] / counts.sum():.0f}%" for c in order[:3] if counts[c]]
             ax.text(k, bottom - 0.32, "\n".join(top), ha="center", va="top", parse_math=False,
                     fontsize=6 if max(map(len, data.classes)) < 14 else 5)
-        ax.set_ylim(bottom - 1.1, None)
+        ax.set_ylim(bottom - 0.8, None)
     ax.set_title("Share of the test images at each leaf, the classes in it, and new images that diffusion draws for it", fontsize=9)
     train.save_figure(figure, file)
 

@@ -151,6 +151,9 @@ class Config:
 
 
 FREE = ("device", "data_root", "compile")                              # what a resumed run may change
+SAVE_SECONDS = 60.0                                                    # between two checkpoints
+CACHE_SECONDS = 0.5                                                    # what is decoded faster is not cached
+PATHS_AHEAD = 512                                                      # images: of 32 at a time, a path costs 4 times as much
 PRESETS = {
     "tiny": {},
     "small": dict(diffusion_epochs=60, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
@@ -274,9 +277,6 @@ class CIFAR20(sets.CIFAR100):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.targets = [ord(self.superclass[fine]) - ord("a") for fine in self.targets]
-
-
-CACHE_SECONDS = 0.5                                                    # what is decoded faster is not cached
 
 
 def image_files(folder):
@@ -572,9 +572,6 @@ def resized(x, side):
 
 
 # == The run: its folder, its files, its live line ====================================================================
-
-SAVE_SECONDS = 60.0
-
 
 def world():
     """(rank, n) of this process among those that torchrun started; (0, 1) where it did not."""
@@ -978,9 +975,6 @@ def moving_average(networks, decay):
     return ema
 
 
-PATHS_AHEAD = 512                                                      # images: of 32 at a time, a path costs 4 times as much
-
-
 def train_diffusion(run, tree, data):
     """Stage 2: the tree is frozen; the U-Net and the path encoder learn to denoise each image given its sampled path."""
     config, device = run.config, run.device
@@ -1017,7 +1011,7 @@ def picture_of(tree, images, title):
         path, way, log_p = tree.sample_path(64, leaf), tree.path_to(leaf), torch.zeros(64, device=images.device)
         for h, i in enumerate(way[:-1]):
             router = tree.nodes[i].router_p
-            log_p = tree._children_reach(i, log_p, router and router(path.z[:, h]))[way[h + 1]]
+            log_p = tree.children_reach(i, log_p, router and router(path.z[:, h]))[way[h + 1]]
         drawn.append(torch.tensordot(log_p.softmax(0), tree.decode(path), 1))
     return dict(title=title, parents=list(tree.parents), leaves=tree.leaves, shares=(sizes / sizes.sum()).tolist(),
                 images=(255 * torch.stack(drawn)).byte().cpu()[:, None])
@@ -1068,11 +1062,10 @@ def draw_training(run, words=None):
     for ax, names in zip(axes, (["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"])):
         for name in names:                                             # while a split trains its terms are those of one branch
             ax.plot([math.nan if row["phase"] == "grow" else row[name] for row in rows], ".-", label=name)
-        for k, row in enumerate(rows):
-            if row["phase"] == "grow":
-                ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
+        for k in (k for k, row in enumerate(rows) if row["phase"] == "grow"):
+            ax.axvspan(k - 0.5, k + 0.5, color="0.92", zorder=0, lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a new split trains)", ylabel="nats an image")
-        ax.legend(loc="center")                                    # over the grey: there is no line
+        ax.legend(loc="center")                                        # over the grey: there is no line
     if losses:
         axes[2].plot(range(1, len(losses) + 1), losses, ".-")
         axes[2].set(xlabel="epoch of stage 2", ylabel="L_simple, eq. (30), a pixel")

@@ -207,7 +207,7 @@ class TreeVAE(nn.Module):
     bottom_up_channels: channels of d_h, and the hidden width of the nodes' networks.
     max_depth: H, the depth the tree may grow to.
     encoder, decoder: "cnn", "resnet" (for colour) or "mlp" (both, for vectors of features: image_shape = (n_features,)).
-    width: their size, the channels next to the image of a cnn; an mlp has layers of 8 (encoder) and 4 (decoder) times as many units.
+    width: their size, see `make_encoder` and `make_decoder`.
     contrastive: whether there are projection heads, which `loss` with a second view needs, one a depth.
     parents: the tree to build, by default a root with two leaves.
 
@@ -288,7 +288,7 @@ class TreeVAE(nn.Module):
             d.append(mlp(d[-1]))
         return d[::-1]
 
-    def _children_reach(self, i, log_reach, logit):
+    def children_reach(self, i, log_reach, logit):
         """log P of node i's children from its own: + log r_i to the left, + log(1 - r_i) to the right. {id: (B,)}"""
         children = self.children_of(i)
         if len(children) < 2:
@@ -304,7 +304,7 @@ class TreeVAE(nn.Module):
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:
             router = self.nodes[i].router_q
-            log_reach |= self._children_reach(i, log_reach[i], router and router(d[self.depth(i)]))
+            log_reach |= self.children_reach(i, log_reach[i], router and router(d[self.depth(i)]))
         return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
 
     def _posterior(self, i, d_i, z_parent):
@@ -329,8 +329,8 @@ class TreeVAE(nn.Module):
             z[i] = q.sample()
             logit_q = node.router_q and node.router_q(d_i)                     # eq. (18); None where there is no decision
             logit_p = node.router_p and node.router_p(z[i])                    # eq. (9)
-            log_reach_q |= self._children_reach(i, log_reach_q[i], logit_q)
-            log_reach_p |= self._children_reach(i, log_reach_p[i], logit_p)
+            log_reach_q |= self.children_reach(i, log_reach_q[i], logit_q)
+            log_reach_p |= self.children_reach(i, log_reach_p[i], logit_p)
             yield Visit(i, z[i], q, p, logit_q, logit_p, log_reach_q[i], log_reach_p[i])
 
     # -- the ELBO -----------------------------------------------------------------------------------------------------
