@@ -1,289 +1,290 @@
-"""Stage 2 against the paper: the schedule, the posterior, the loss, both samplers, the U-Net and its conditioning."""
+"""Stage 2 against the paper: schedule, posterior, loss, samplers, U-Net, path encoder."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import diffusion
-import path_encoder
-from diffusion import Diffusion, UNet
-from path_encoder import PathEncoder
+from diffusion import Attention, Diffusion, GroupNorm, ResBlock, UNet, eps_net, time_features
+from path_encoder import SIGNALS, PathEncoder
 
-
-def normal_pdf(x, mu, var):
-    return torch.exp(-((x - mu) ** 2) / (2 * var)) / math.sqrt(2 * math.pi * var)
-
-
-def gaussian_eps(diffusion, mean, var):
-    """The exact E[eps | x_t] when x_0 ~ N(mean, var): the best any net can do."""
-    def net(x, t, y):
-        abar = diffusion.abar[t].view(-1, 1, 1, 1)
-        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * var + 1 - abar)
-    return net
+BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).view(-1, 1, 1, 1)
+ABAR = torch.cumprod(1 - BETA, 0)
 
 
-# -- forward ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
-def test_add_noise_is_the_chain_applied_t_times():
-    """Eq. (5) against eq. (4) step by step: mean, variance and quantiles of x_t from one x_0."""
-    diffusion, n = Diffusion(timesteps=200, beta_end=0.05), 100_000
-    rng = torch.Generator().manual_seed(0)
-    x = torch.full((n,), 0.8)
-    for t in range(60):
-        beta = 1e-4 + (0.05 - 1e-4) * t / 199                                  # the linear schedule, by hand
-        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(n, generator=rng)
-    x0 = torch.full((n, 1, 1, 1), 0.8)
-    jump = diffusion.add_noise(x0, torch.full((n,), 59), torch.randn(n, 1, 1, 1, generator=rng)).flatten()
-    assert jump.mean().item() == pytest.approx(x.mean().item(), abs=0.015)
-    assert jump.std().item() == pytest.approx(x.std().item(), abs=0.01)
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    assert torch.allclose(jump.quantile(levels), x.quantile(levels), atol=0.025)
+
+def randomised(module):
+    """Every parameter drawn anew, so that none is zero; evaluation mode."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return module.eval()
+
+
+def small_unet(side=8, channels=8, multipliers=(1, 2), blocks=1, attention=(), **kwargs):
+    return randomised(UNet((1, side, side), channels, multipliers, blocks, attention, **kwargs))
+
+
+def some_eps(x, t, y):
+    """A net of no meaning, whose answer depends on x and t and leads far out of [-1, 1]."""
+    return torch.sin(3 * x + t.view(-1, 1, 1, 1)) * 1.5
+
+
+def test_the_jump_is_the_chain():
+    diffusion, mean, var = Diffusion(200, 1e-3, 0.05), 1.0, 0.0
+    assert not diffusion.state_dict()
+    for t in range(200):
+        beta = 1e-3 + (0.05 - 1e-3) * t / 199
+        mean, var = math.sqrt(1 - beta) * mean, (1 - beta) * var + beta  # eq. (4); then (5)
+        assert diffusion.add_noise(1.0, [t], 0.0).item() == pytest.approx(mean, rel=1e-5)
+        assert diffusion.add_noise(0.0, [t], 1.0).item() == pytest.approx(var**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("t", [1, 10, 500, 999])
-def test_posterior_is_bayes_rule_on_a_grid(t):
-    """Eqs. (25), (26): q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    abar = torch.cumprod(1 - beta, 0)
+def test_the_posterior_is_bayes_rule_on_a_grid(t):
+    """Eqs. (25), (26): q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0)."""
     x0, xt = 0.6, 0.1 if t > 100 else 0.55
-    grid = torch.linspace(-6, 6, 1_200_001, dtype=torch.float64)
-    density = (normal_pdf(math.sqrt(1 - beta[t]) * grid, xt, beta[t].item())
-               * normal_pdf(grid, math.sqrt(abar[t - 1]) * x0, (1 - abar[t - 1]).item()))
-    density /= torch.trapezoid(density, grid)
-    mean = torch.trapezoid(density * grid, grid).item()
-    variance = torch.trapezoid(density * (grid - mean) ** 2, grid).item()
-    mu, var = Diffusion().posterior(torch.full((1, 1, 1, 1), x0), torch.full((1, 1, 1, 1), xt), torch.tensor([t]))
-    assert mu.item() == pytest.approx(mean, rel=1e-4)
-    assert var.item() == pytest.approx(variance, rel=1e-3)
+    grid = torch.linspace(-6, 6, 600_001, dtype=torch.float64)
+    log_density = (-(xt - (1 - BETA[t]).sqrt() * grid)**2 / (2 * BETA[t])
+                   - (grid - ABAR[t - 1].sqrt() * x0)**2 / (2 * (1 - ABAR[t - 1])))
+    density = log_density.softmax(-1)                                    # sums to 1
+    mean = (density * grid).sum()
+    mu, var = Diffusion().posterior(x0, xt, [t])
+    assert mu.item() == pytest.approx(mean.item(), rel=1e-4)
+    assert var.item() == pytest.approx((density * (grid - mean)**2).sum().item(), rel=1e-3)
 
 
-def test_posterior_of_the_first_step_is_the_image():
-    """abar_0 = 1: at the paper's t = 1 the mean is x_0 and there is no variance."""
-    x0 = torch.rand(2, 1, 4, 4)
-    mean, var = Diffusion().posterior(x0, torch.randn(2, 1, 4, 4), torch.zeros(2, dtype=torch.long))
-    assert torch.allclose(mean, x0, atol=1e-6) and (var == 0).all()
+def test_x0_eps_and_v_determine_each_other_and_mu_psi_is_eq_28():
+    diffusion, t = Diffusion(), torch.tensor([0, 10, 300, 700, 999])
+    x0, eps = torch.randn(2, 5, 1, 4, 4, dtype=torch.float64)
+    xt = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
+    v = ABAR[t].sqrt() * eps - (1 - ABAR[t]).sqrt() * x0
+    assert torch.allclose(diffusion.eps_from_v(xt, v, t), eps, atol=1e-6)
+    assert torch.allclose(diffusion.predict_x0(xt, eps, t), x0, atol=1e-5)
+    assert torch.allclose(diffusion.predict_eps(xt, x0, t), eps, atol=1e-5)
+    mu_psi = (xt - BETA[t] / (1 - ABAR[t]).sqrt() * eps) / (1 - BETA[t]).sqrt()
+    mean, var = diffusion.posterior(x0, xt, t)                           # eq. (26)
+    assert torch.allclose(diffusion.mu_psi(xt, eps, t), mu_psi, atol=1e-6) and var[0] == 0
+    assert torch.allclose(mean, mu_psi, atol=1e-5)
 
 
-def test_mu_psi_is_the_posterior_mean_at_the_predicted_image():
-    """Eq. (28)'s mean, with eps, equals eq. (26)'s, with x0^; what eq. (29) compares becomes what eq. (30) compares."""
-    diffusion = Diffusion()
-    xt, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([1, 10, 300, 700, 999])
-    x0, _ = diffusion.predict(lambda x, t, y: eps, xt, t, None, clip=False)
-    beta, abar = diffusion.beta[t].view(-1, 1, 1, 1), diffusion.abar[t].view(-1, 1, 1, 1)
-    mu_psi = (xt - beta / (1 - abar).sqrt() * eps) / (1 - beta).sqrt()
-    assert torch.allclose(diffusion.posterior(x0, xt, t)[0], mu_psi, atol=1e-4)
+def test_the_loss_is_l_simple_over_every_time_with_standard_noise():
+    t, asked = torch.tensor([0, 5, 100, 400, 800, 999]), []
+    x0, eps = torch.randn(2, 6, 1, 4, 4)
+    xt = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
+    expected = (eps - some_eps(xt, t, None)).square().mean().item()      # eq. (30)
+    assert Diffusion().loss(some_eps, x0, None, t, eps).item() == pytest.approx(expected, rel=1e-3)
+    diffusion = Diffusion(5, 0.1, 0.9)
+    diffusion.loss(lambda *args: asked.append(args) or args[0], torch.zeros(5000, 1, 2, 2), "y")
+    xt, t, y = asked[0]
+    assert y == "y" and t.max() == 4 and t.bincount().min() > 850        # 0 and T - 1, too
+    eps = xt / diffusion.one_minus_abar[t].sqrt()                        # as x_0 = 0
+    assert abs(eps.mean()) < 0.04 and abs(eps.std() - 1) < 0.04 and len(eps.unique()) > 19_000
 
 
-def test_loss_is_l_simple():
-    """Eq. (30) rewritten plainly, for given times and noise."""
-    diffusion, x0, eps = Diffusion(), torch.rand(6, 1, 4, 4) * 2 - 1, torch.randn(6, 1, 4, 4)
-    t = torch.tensor([0, 5, 100, 400, 800, 999])
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    total = 0.0
-    for k in range(6):
-        abar = float(torch.prod(1 - beta[:t[k] + 1]))
-        total += ((eps[k] - 0.3 * (math.sqrt(abar) * x0[k] + math.sqrt(1 - abar) * eps[k])) ** 2).mean().item() / 6
-    assert diffusion.loss(lambda x, t, y: 0.3 * x, x0, None, t, eps).item() == pytest.approx(total, rel=1e-5)
+@pytest.mark.parametrize("eta, clip", [(0.0, True), (0.0, False), (0.5, True), (1.0, False)])
+def test_ddim_is_eq_12_of_its_paper(eta, clip):
+    """Each of three jumps by hand, the last to abar = 1; x0^ is clipped, then eps recomputed."""
+    x_T, seen, times = 2 * torch.randn(4, 1, 4, 4), [], [99, 66, 33]
+    diffusion = Diffusion(100, 1e-4, BETA[99].item())                    # the first 100 betas
+    torch.manual_seed(3)
+    out = diffusion.ddim_sample(some_eps, x_T.shape, None, 3, eta, "linear", x_T, clip, seen)
+    assert [jump[0] for jump in seen] == times and seen[0][1] is x_T and out is seen[2][2]
+    torch.manual_seed(3)
+    for k, (t, x, x0) in enumerate(seen):
+        eps = some_eps(x, torch.full((4,), t), None)
+        guess = (x - (1 - ABAR[t]).sqrt() * eps) / ABAR[t].sqrt()
+        guess = guess.clamp(-1, 1) if clip else guess
+        assert torch.allclose(x0.double(), guess, atol=1e-4)
+        if k < 2:
+            now, prev = ABAR[t], ABAR[times[k + 1]]
+            eps = (x - now.sqrt() * guess) / (1 - now).sqrt()
+            s = eta * ((1 - prev) / (1 - now)).sqrt() * (1 - now / prev).sqrt()
+            x = prev.sqrt() * guess + (1 - prev - s**2).sqrt() * eps + s * torch.randn_like(x)
+            assert torch.allclose(seen[k + 1][1].double(), x, atol=1e-4)
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_with_the_exact_eps_returns_the_gaussian(eta):
-    diffusion = Diffusion()
-    torch.manual_seed(0)
-    x = diffusion.ddim_sample(gaussian_eps(diffusion, 0.3, 0.04), (200, 1, 10, 10), steps=1000, eta=eta, spacing="linear", clip=False)
-    assert x.mean().item() == pytest.approx(0.3, abs=0.01)
-    assert x.std().item() == pytest.approx(0.2, abs=0.01)
-
-
-@pytest.mark.parametrize("variance", ["posterior", "beta"])
-def test_ddpm_with_the_exact_eps_returns_the_gaussian(variance):
-    diffusion = Diffusion()
-    torch.manual_seed(0)
-    x = diffusion.ddpm_sample(gaussian_eps(diffusion, 0.3, 0.04), (200, 1, 10, 10), variance=variance, clip=False)
-    assert x.mean().item() == pytest.approx(0.3, abs=0.01)
-    assert x.std().item() == pytest.approx(0.2, abs=0.01)
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_with_eta_one_over_all_steps_is_ddpm(clip):
+    diffusion, shape, x_T = Diffusion(30, 0.01, 0.3), (3, 1, 4, 4), 2 * torch.randn(3, 1, 4, 4)
+    torch.manual_seed(1)
+    ddim = diffusion.ddim_sample(some_eps, shape, None, 30, 1.0, "linear", x_T, clip)
+    torch.manual_seed(1)
+    ddpm = diffusion.ddpm_sample(some_eps, shape, None, x_T, "posterior", clip)
+    assert torch.allclose(ddim, ddpm, rtol=1e-2, atol=1e-3)
 
 
-def test_ddim_with_eta_one_over_all_steps_is_ddpm():
-    """Each jump to the step before has DDPM's mean, eq. (26), and its variance beta~."""
-    diffusion = Diffusion()
-    x0, xt = torch.rand(1, 1, 4, 4) * 2 - 1, torch.randn(1, 1, 4, 4)
-    assert diffusion.ddim_times(1000, "linear") == list(range(1000))
-    for step in (1, 2, 50, 500, 999):
-        abar = diffusion.abar[step]
-        eps = (xt - abar.sqrt() * x0) / (1 - abar).sqrt()
-        mean, s = diffusion.ddim_jump(x0, eps, step, step - 1, eta=1.0)
-        mu, var = diffusion.posterior(x0, xt, torch.tensor([step]))
-        assert s.item() ** 2 == pytest.approx(var.item(), rel=5e-3)
-        assert torch.allclose(mean, mu, atol=2e-3)
+@pytest.mark.parametrize("variance, sigma2", [("beta", 0.6), ("posterior", 0.6 * 0.2 / 0.68)])
+def test_sigma_of_ddpm_where_eps_is_0_and_its_last_step_adds_no_noise(variance, sigma2):
+    x_T, diffusion = torch.randn(4, 1, 4, 4), Diffusion(2, 0.2, 0.6)
+    torch.manual_seed(3)
+    x_1 = x_T / math.sqrt(0.4) + math.sqrt(sigma2) * torch.randn_like(x_T)
+    torch.manual_seed(3)
+    out = diffusion.ddpm_sample(lambda x, t, y: 0 * x, x_T.shape, None, x_T, variance, False)
+    assert torch.allclose(out, x_1 / math.sqrt(0.8), atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 100, 1000])
-@pytest.mark.parametrize("spacing, last", [("linear", 999), ("quadratic", 799)])
-def test_ddim_subsequences_rise_from_the_start_to_the_right_end(steps, spacing, last):
-    times = Diffusion().ddim_times(steps, spacing)
-    assert times == sorted(set(times)) and times[-1] == last and times[0] >= 0
-    assert len(times) == steps if spacing == "linear" else len(times) <= steps
-    if steps == 2:
-        assert times == ([499, 999] if spacing == "linear" else [199, 799])    # 0.8 T (1/2)^2 = 200 = the paper's t
-    if steps == 1000 and spacing == "linear":
-        assert times[0] == 0
+@pytest.mark.parametrize("name, settings", [
+    ("ddim_sample", {"eta": 0.0, "steps": 1000, "spacing": "linear"}),
+    ("ddim_sample", {"eta": 1.0, "steps": 1000, "spacing": "linear"}),
+    ("ddpm_sample", {"variance": "posterior"}), ("ddpm_sample", {"variance": "beta"})])
+def test_samplers_with_the_exact_eps_return_the_gaussian(name, settings):
+    asked = []
+    def exact_eps(x, t, y):                                              # x_0 ~ N(0.3, 0.04)
+        assert t.shape == (100,) and t.dtype == torch.long and y == "y"
+        asked.append(t[-1].item())
+        abar = ABAR[t[0]].item()
+        return math.sqrt(1 - abar) * (x - math.sqrt(abar) * 0.3) / (abar * 0.04 + 1 - abar)
+    x = getattr(Diffusion(), name)(exact_eps, (100, 1, 10, 10), "y", clip=False, **settings)
+    assert abs(x.mean() - 0.3) < 0.01 and abs(x.std() - 0.2) < 0.01
+    assert asked == list(range(1000))[::-1]
 
 
-def test_samplers_ask_at_the_original_times_and_end_at_the_image():
-    """The net hears the t of the full schedule; a net that always names the noise of one image brings that image back."""
-    diffusion, asked, image = Diffusion(), [], torch.rand(1, 1, 4, 4) * 2 - 1
-    def net(x, t, y):
-        asked.append(t[0].item())
-        abar = diffusion.abar[t].view(-1, 1, 1, 1)
-        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
-    out = diffusion.ddim_sample(net, (2, 1, 4, 4), steps=10)
-    assert asked == diffusion.ddim_times(10)[::-1] and asked[0] == 799
-    assert torch.allclose(out, image.expand(2, -1, -1, -1), atol=1e-5)
+def test_ddim_times_by_hand():
+    times = Diffusion().ddim_times
+    assert times(10) == [7, 31, 71, 127, 199, 287, 391, 511, 647, 799]   # 0.8 T (1/10)^2 = 8
+    assert times(1000)[:3] == [0, 1, 2] and times(3, "linear") == [333, 666, 999]
 
 
-def test_clipping_keeps_images_in_range_and_eps_consistent():
-    diffusion, x = Diffusion(), 3 * torch.randn(4, 1, 4, 4)
-    t = torch.full((4,), 400)
-    x0, eps = diffusion.predict(lambda x, t, y: torch.zeros_like(x), x, t, None, clip=True)
-    assert x0.abs().max() <= 1
-    assert torch.allclose(diffusion.add_noise(x0, t, eps), x, atol=1e-5)
+def test_a_sample_is_a_function_of_x_T_unless_noise_is_added():
+    diffusion, x_T, seen, drawn = Diffusion(), torch.randn(4, 1, 8, 8), [], []
+    scale = torch.tensor(1.5, requires_grad=True)
+    net = eps_net(diffusion, lambda x, t, y: scale * torch.sin(3 * x))
+    for start, eta in ((x_T, 0.0), (x_T, 0.0), (x_T, 1.0), (x_T, 1.0), (None, 0.0), (None, 0.0)):
+        drawn.append(diffusion.ddim_sample(net, x_T.shape, x_T=start, eta=eta, seen=seen))
+    assert [torch.equal(drawn[k], drawn[k + 1]) for k in (0, 2, 4)] == [True, False, False]
+    assert [jump[0] for jump in seen] == 6 * diffusion.ddim_times(100)[::-1]     # by default
+    images = torch.stack([drawn[0], diffusion.ddpm_sample(net, x_T.shape)])
+    assert images.abs().max() <= 1 and not images.requires_grad
 
 
-def test_ddim_is_deterministic_in_the_noise_and_in_any_split():
-    torch.manual_seed(0)
-    net = UNet((1, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0).eval()
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    diffusion, x_T = Diffusion(), torch.randn(6, 1, 8, 8)
-    y = torch.randn(6, net.emb_dim)
-    whole = diffusion.ddim_sample(net, x_T.shape, y, steps=5, x_T=x_T)
-    parts = torch.cat([diffusion.ddim_sample(net, x_T[k:k + 2].shape, y[k:k + 2], steps=5, x_T=x_T[k:k + 2]) for k in (0, 2, 4)])
-    assert torch.allclose(whole, parts, atol=1e-5)
+def test_wrong_settings_are_named():
+    for word, call in (
+            ("8", lambda: Diffusion(8).ddim_times(0)), ("8", lambda: Diffusion(8).ddim_times(9)),
+            ("spacing", lambda: Diffusion().ddim_times(5, "cubic")),
+            ("eta", lambda: Diffusion().ddim_sample(None, (1, 1, 4, 4), eta=1.5)),
+            ("variance", lambda: Diffusion().ddpm_sample(None, (1, 1, 4, 4), variance="best")),
+            (r"14.*\[32, 16, 8, 4\]", lambda: UNet((1, 28, 28), 8, attention=(14,))),
+            ("odd", lambda: UNet((1, 7, 7), 8, (1, 2), attention=())),
+            ("signal", lambda: PathEncoder((2, 1, 1), 3, 8, signal="root"))):
+        with pytest.raises(ValueError, match=word):
+            call()
 
 
-def test_wrong_sampling_settings_are_named():
-    with pytest.raises(ValueError, match="1..1000"):
-        Diffusion().ddim_times(0)
-    with pytest.raises(ValueError, match="variance"):
-        Diffusion().ddpm_sample(None, (1, 1, 4, 4), variance="best")
+def test_time_features_are_sinusoids_and_y_is_added_to_their_embedding():
+    features = time_features(torch.arange(1000), 16)
+    angles = torch.arange(1000)[:, None] * 10000 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    assert torch.allclose(features.double(), torch.cat([angles.cos(), angles.sin()], 1), atol=1e-3)
+    assert (torch.cdist(features, features) + 9 * torch.eye(1000)).min() > 0.1
+    unet, x, t = small_unet(), torch.randn(2, 1, 8, 8), torch.tensor([500, 900])
+    y = unet.time(time_features(t - 1, 8)) - unet.time(time_features(t, 8))
+    assert torch.allclose(unet(x, t, y), unet(x, t - 1), atol=1e-5) and y.shape == (2, unet.emb_dim)
+    assert torch.equal(unet(x, t, 0 * y), unet(x, t)) and not torch.equal(unet(x, t, y), unet(x, t))
 
 
-# -- the nets ---------------------------------------------------------------------------------------------------------
+def test_attention_is_softmax_of_q_k_over_positions():
+    layer, x, heads = Attention(128), torch.randn(2, 128, 3, 4), []
+    assert torch.equal(layer(x), x)                                      # the identity at first
+    randomised(layer)
+    normed = F.group_norm(x, 16, layer.norm.weight, layer.norm.bias)     # 8 channels a group
+    q, k, v = layer.qkv(normed).flatten(2).chunk(3, 1)                   # each (2, 128, 12)
+    for a in (slice(0, 64), slice(64, 128)):
+        weights = (q[:, a].transpose(1, 2) @ k[:, a] / 8).softmax(-1)    # (2, from, to)
+        heads.append(v[:, a] @ weights.transpose(1, 2))
+    by_hand = x + layer.out(torch.cat(heads, 1).view(x.shape))
+    assert torch.allclose(layer(x), by_hand, atol=1e-4)
+    assert [GroupNorm(c).num_groups for c in (4, 8, 64, 512)] == [1, 1, 8, 32]
 
-@pytest.mark.parametrize("shape, multipliers, attention", [((1, 28, 28), (1, 2, 2, 2), (16,)), ((1, 28, 28), (1, 2, 2), ()),
-                                                           ((3, 32, 32), (1, 2, 2, 2), (16, 8)), ((3, 64, 64), (1, 2, 2, 2, 4), (16, 8))])
-def test_unet_shapes_start_and_conditioning(shape, multipliers, attention):
-    torch.manual_seed(0)
-    net = UNet(shape, channels=8, multipliers=multipliers, blocks=1, attention=attention, dropout=0.1).eval()
+
+def test_a_residual_block_scales_and_shifts_after_its_second_norm():
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 6)
+    assert torch.equal(ResBlock(8, 8, 6, 0.5, attend=True)(x, emb), x)   # the identity at first
+    block = randomised(ResBlock(8, 16, 6, 0.5, attend=False))
+    scale, shift = block.scale_shift[1](F.silu(emb)).view(2, 2, 16, 1, 1).unbind(1)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    h = block.conv2(F.silu(h + h * scale + shift))
+    assert torch.allclose(block(x, emb), block.skip(x) + h, atol=1e-5)
+    assert not torch.allclose(block.train()(x, emb), block.skip(x) + h, atol=0.1)   # dropout
+
+
+@pytest.mark.parametrize("shape, multipliers, attention, expected", [
+    ((1, 28, 28), (1, 2, 2, 2), (16,), [16, 4, 16, 16]), ((1, 28, 28), (1, 2, 2), (), [7]),
+    ((3, 64, 64), (1, 2, 2, 2, 4), (16, 8), [16, 8, 4, 8, 8, 16, 16])])
+def test_the_unet_starts_at_v_0_and_attends_where_asked(shape, multipliers, attention, expected):
+    unet, sides, diffusion = UNet(shape, 8, multipliers, 1, attention, 0.2), [], Diffusion()
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.register_forward_hook(lambda layer, inputs, out: sides.append(out.shape[-1]))
+        assert not isinstance(layer, torch.nn.Dropout) or layer.p == 0.2
     x, t = torch.randn(2, *shape), torch.tensor([3, 900])
-    diffusion = Diffusion()                                                    # the last convolution starts at 0, and so h:
-    assert torch.allclose(diffusion.predict(net, x, t, None, clip=False)[0], diffusion.abar[t].sqrt().view(2, 1, 1, 1) * x, atol=1e-3)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    y = torch.randn(2, net.emb_dim)
-    out = net(x, t, y)
-    assert out.shape == x.shape
-    assert not torch.allclose(out, net(x, t)) and not torch.allclose(out, net(x, t.flip(0), y))
-    assert torch.allclose(out[:1], net(x[:1], t[:1], y[:1]), atol=1e-4)         # images do not see each other
+    eps = eps_net(diffusion, unet)(x, t, None)
+    assert torch.allclose(eps, (1 - ABAR[t]).sqrt().float() * x) and sides == expected
+    assert randomised(unet)(x, t).shape == x.shape
+    assert not torch.allclose(unet.train()(x, t), unet(x, t), atol=1e-3)     # dropout
 
 
-def test_unet_with_the_true_v_predicts_the_true_eps():
-    """eps_psi is sqrt(1 - abar) x_t + sqrt(abar) h: exact for h = sqrt(abar) eps - sqrt(1 - abar) x_0, which the layers are made to give."""
-    diffusion, t = Diffusion(50), torch.tensor([0, 20, 49])
-    net = UNet((1, 8, 8), channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, timesteps=50)
-    x0, eps = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
-    signal, noise = diffusion.abar[t].sqrt().view(3, 1, 1, 1), diffusion.one_minus_abar[t].sqrt().view(3, 1, 1, 1)
-    net.last.register_forward_hook(lambda layer, inputs, out: signal * eps - noise * x0)
-    assert torch.allclose(net(diffusion.add_noise(x0, t, eps).float(), t).double(), eps, atol=1e-5)
+def test_skip_connections_come_back_latest_first_and_padding_is_cut_in_place():
+    unet, x, down, up = small_unet(28, 8, (1, 2, 3, 2), 2), torch.randn(2, 1, 28, 28), [], []
+    for layer in unet.down:
+        layer.register_forward_hook(lambda layer, inputs, out: down.append((inputs[0], out)))
+    for layer in unet.up:
+        if isinstance(layer, ResBlock):
+            layer.register_forward_hook(lambda layer, inputs, out: up.append(inputs[0]))
+    unet.last.register_forward_hook(lambda layer, inputs, out: down[0][0])   # the padded image
+    assert torch.equal(unet(x, torch.tensor([1, 2])), x)
+    assert torch.equal(down[0][0], F.pad(x, [2] * 4))
+    for h, (_, skip) in zip(up, down[::-1], strict=True):
+        assert h.shape[1] > skip.shape[1] and torch.equal(h[:, -skip.shape[1]:], skip)
 
 
-def test_appendix_d_unet_has_the_size_of_the_authors():
-    """64 channels, (1, 2, 2, 2), two blocks a scale, attention only in the middle: 9.26 M parameters."""
-    net = UNet((1, 28, 28), 64, (1, 2, 2, 2), 2, attention=())
-    assert sum(p.numel() for p in net.parameters()) == 9_259_713
+def test_the_size_of_appendix_d_and_a_reconstruction_concatenated_to_the_input():
+    for attention, layers in (((), 0), ((16,), 5)):                      # layers of attention at 16
+        size = sum(p.numel() for p in UNet((1, 28, 28), attention=attention).parameters())
+        assert size == 9_259_713 + layers * (4 * 128 * 129 + 256)
+    diffusion, t, (x, image) = Diffusion(), torch.tensor([5, 700]), torch.randn(2, 2, 1, 8, 8)
+    eps = eps_net(diffusion, lambda x, t, y: x[:, 1:] + y, image)(x, t, 0.5)
+    assert torch.equal(eps, diffusion.eps_from_v(x, image + 0.5, t))
+    assert eps_net(diffusion, small_unet(extra=1), image)(x, t, None).shape == x.shape
 
 
-def test_path_encoder_is_a_masked_sum():
-    """Section 3.2: y is the same under any order of the path and any padding, and hears every z and every id."""
-    torch.manual_seed(0)
-    encoder = PathEncoder((2, 3, 3), n_nodes=7, emb_dim=16)
-    z, nodes = torch.randn(4, 3, 2, 3, 3), torch.tensor([[0, 1, 4], [0, 2, 6], [0, 1, 3], [0, 2, -1]])
-    y = encoder(z, nodes)
-    assert y.shape == (4, 16)
-    assert torch.allclose(encoder(z[:, [2, 0, 1]], nodes[:, [2, 0, 1]]), y, atol=1e-6)
-    padded = torch.cat([z, torch.randn(4, 2, 2, 3, 3)], 1), torch.cat([nodes, torch.full((4, 2), -1)], 1)
-    assert torch.allclose(encoder(*padded), y, atol=1e-6)
-    by_hand = sum(encoder.f_z(z[1, k].flatten()) + encoder.f_id(nodes[1, k]) for k in range(3))
-    assert torch.allclose(y[1], by_hand, atol=1e-5)
-    for k in range(3):
-        other_z, other_nodes = z.clone(), nodes.clone()
-        other_z[0, k] += 1
-        other_nodes[0, k] = 5
-        assert not torch.allclose(encoder(other_z, nodes)[0], y[0]) and not torch.allclose(encoder(z, other_nodes)[0], y[0])
+class Watch(TorchDispatchMode):
+    """Fails where a number is read out of a tensor (.item(), bool) or a tensor made of one."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "lift_fresh")
+        return function(*args, **(kwargs or {}))
 
 
-def test_the_loss_goes_down_and_y_is_used():
-    """Two kinds of images told apart by y alone: the net learns to draw the one it is asked for."""
-    torch.manual_seed(0)
-    diffusion = Diffusion()
-    net = UNet((1, 4, 4), channels=32, multipliers=(1,), blocks=1, attention=(), dropout=0.0)
-    table = torch.nn.Embedding(2, net.emb_dim)
-    optimizer = torch.optim.Adam([*net.parameters(), *table.parameters()], lr=2e-3)
-    losses = []
-    for _ in range(300):
-        kind = torch.randint(2, (64,))
-        x0 = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 1, 4, 4) * 0.9
-        loss = diffusion.loss(net, x0, table(kind))
-        optimizer.zero_grad()
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16(signal):
+    unet, nodes, dtypes = small_unet(), torch.tensor([[0, 1], [0, -1]]), []
+    encoder, net = PathEncoder((2, 1, 1), 2, unet.emb_dim, signal), eps_net(Diffusion(), unet)
+    unet.last[0].register_forward_hook(lambda layer, inputs, out: dtypes.append(out.dtype))
+    with Watch(), torch.autocast("cpu", torch.bfloat16):
+        y = encoder(torch.zeros(2, 2, 2, 1, 1), nodes)
+        loss = Diffusion().loss(net, torch.zeros(2, 1, 8, 8), y)
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.3 * sum(losses[:10])
-    images = diffusion.ddim_sample(net.eval(), (8, 1, 4, 4), table(torch.tensor([0, 1] * 4)), steps=20)
-    assert images[0::2].mean() < -0.5 and images[1::2].mean() > 0.5
+    assert dtypes == [torch.bfloat16] and loss.dtype == torch.float32
 
 
-# -- conditioning -----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("signal", path_encoder.SIGNALS)
-def test_each_signal_hears_what_it_should(signal):
-    torch.manual_seed(0)
-    encoder = path_encoder.PathEncoder((2, 1, 1), n_nodes=5, emb_dim=6, signal=signal)
-    nodes, z = torch.tensor([[0, 1, 4], [0, 2, -1]]), torch.randn(2, 3, 2, 1, 1)
-    y = encoder(z, nodes)
-    if signal == "none":
-        assert y is None
-        return
-    def changed(z, nodes):
-        return [not torch.allclose(a, b, atol=1e-6) for a, b in zip(encoder(z, nodes), y)]
-    def moved(level):
-        return torch.stack([z[:, k] + (k == level) for k in range(3)], 1)
-    assert y.shape == (2, 6)
-    assert changed(moved(0), nodes) == [signal == "path"] * 2                                      # the root's z
-    assert changed(moved(1), nodes) == [signal == "path", signal != "leaf-index"]                   # the second image's leaf is there
-    assert changed(moved(2), nodes) == [signal != "leaf-index", False]                              # the other's is padding
-    assert changed(z, torch.tensor([[0, 1, 3], [0, 2, -1]])) == [signal != "leaf-latent", False]    # another leaf
-
-
-def test_guidance_is_its_formula_and_none_at_weight_zero():
-    def net(x, t, y):
-        return x * y.sum(1).view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1)
-    x, t, y = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3]), torch.randn(3, 5)
-    assert diffusion.guided(net, 0.0) is net
-    expected = 3.0 * net(x, t, y) - 2.0 * net(x, t, torch.zeros_like(y))
-    assert torch.allclose(diffusion.guided(net, 2.0)(x, t, y), expected, atol=1e-5)
-
-
-def test_a_reconstruction_beside_the_image_is_seen_also_under_guidance():
-    torch.manual_seed(0)
-    net = UNet((1, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, extra=1).eval()
-    torch.nn.init.normal_(net.last[2].weight)
-    x, t, y, seen = torch.randn(2, 1, 8, 8), torch.tensor([5, 700]), torch.randn(2, net.emb_dim), torch.rand(2, 1, 8, 8)
-    out = diffusion.beside(net, seen)(x, t, y)
-    assert out.shape == x.shape and not torch.allclose(out, diffusion.beside(net, seen + 0.5)(x, t, y))
-    steered = diffusion.guided(diffusion.beside(net, seen), 1.0)(x, t, y)
-    assert torch.allclose(steered, 2 * out - diffusion.beside(net, seen)(x, t, torch.zeros_like(y)), atol=1e-4)
+@pytest.mark.parametrize("signal", SIGNALS[:-1])
+def test_y_is_the_sum_over_what_the_signal_names(signal):
+    """Section 3.2 and the ablation: all nodes or the leaf; order and padding change nothing."""
+    encoder, z = PathEncoder((2, 3, 3), 7, 16, signal), torch.randn(3, 3, 2, 3, 3)
+    nodes = torch.tensor([[0, 1, 4], [0, 2, 6], [0, 2, -1]])
+    y, by_hand = encoder(z, nodes), torch.zeros(3, 16)
+    assert PathEncoder((2, 3, 3), 7, 16, "none")(z, nodes) is None
+    for row, depth in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)):
+        if signal == "path" or (row, depth) in ((0, 2), (1, 2), (2, 1)):
+            if signal != "leaf-index":
+                by_hand[row] += encoder.f_z(z[row, depth].flatten())
+            if signal != "leaf-latent":
+                by_hand[row] += encoder.f_id(nodes[row, depth])
+    assert torch.allclose(y, by_hand, atol=1e-5) and by_hand.abs().max() > 0.1
+    z, nodes = torch.cat([z, torch.randn(3, 2, 2, 3, 3)], 1), F.pad(nodes, [0, 2], value=-1)
+    assert torch.allclose(encoder(z.flip(1), nodes.flip(1)), y, atol=1e-6)
+    assert len(list(encoder.parameters())) == {"path": 7, "leaf": 7, "leaf-index": 3}.get(signal, 4)

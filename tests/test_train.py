@@ -1,454 +1,404 @@
-"""The commands: both stages end to end, interruption, data sets, and what a user sees for a mistake."""
+"""train.py: what each phase optimises, on which images, what it leaves alone, what is saved."""
 
+import copy
+import csv
+import inspect
 import json
-import os
+import math
+import pathlib
 import pickle
-import socket
-import subprocess
-import sys
+import types
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from torchvision.transforms.v2.functional import rgb_to_grayscale as grey
+from conftest import FLAGS, as_argv
+from torch import nn
+from torchvision.transforms import functional as TF
 
-import metrics
-import sample
 import train
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--quick", "--max-images", "192", "--max-leaves", "3", "--finetune-epochs", "1", "--bottom-up-channels", "16", "--tree-width", "4",
-        "--unet-channels", "8", "--unet-multipliers", "1,2", "--device", "cpu", "--max-depth", "3", "--tree-batch-size", "16",
-        "--subtree-batch-size", "8", "--tree-lr", "0.003"]
+ADAM, LOSS, PHASE = torch.optim.Adam, train.TreeVAE.loss, train.train_phase
+NEXT, CONDITIONED, CLIP = train.next_phase, train.conditioned, nn.utils.clip_grad_norm_
+DIFFUSION_LOSS, INFER_PATH = train.Diffusion.loss, train.TreeVAE.infer_path
+CUT = torch.nn.functional.binary_cross_entropy_with_logits
+OFF = train.COLOUR | dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0,
+                          saturation=0.0, hue=0.0, grey=0.0, jitter=1.1)
+
+
+def indices(x, images):
+    """Which images x (B, C, H, W) in [0, 1] are, by their pixels."""
+    known = {image.numpy().tobytes(): k for k, image in enumerate(images)}
+    return [known[image.numpy().tobytes()] for image in (x * 255).round().byte()]
+
+
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def set_of(tree):
+    """A copy of all weights and buffers."""
+    return {name: value.clone() for name, value in tree.state_dict().items()}
+
+
+class Spy:
+    """Records a run, step by step: `phases` of stage 1, `steps` of stage 2."""
+
+    def __init__(self, patch, images):
+        self.phases, self.steps, self.average, self.frames = [], [], None, []
+        spy = self
+
+        class Adam(ADAM):
+            def __init__(self, params, **kwargs):
+                super().__init__(params, **kwargs)
+                spy.optimizers.append(self)
+
+            def step(self, *args):
+                group, now = self.param_groups[0], spy.now
+                now["lr"], now["decay"] = group["lr"], group["weight_decay"]
+                now["fresh"] = not self.state
+                now["trained"] = {id(p) for p in group["params"]}
+                if "cut" in now:
+                    now["cut"] = now["cut"].grad.item()
+                if "networks" in now:
+                    gradients = [p.grad for p in group["params"] if p.grad is not None]
+                    now["norm"] = torch.stack([g.norm() for g in gradients]).norm().item()
+                    now["before"] = flat(now["networks"])
+                super().step(*args)
+                if "networks" in now:
+                    now["after"] = flat(now["networks"])
+
+        def tree_loss(tree, *args, **kwargs):
+            bound = inspect.signature(LOSS).bind(tree, *args, **kwargs)
+            bound.apply_defaults()
+            now = dict(bound.arguments, modes={name for name, module in tree.named_modules()
+                                               if module.training})
+            now["rows"] = indices(now["x"], images)
+            spy.now = now
+            spy.phases[-1]["steps"].append(now)
+            return LOSS(tree, *args, **kwargs)
+
+        def cut_loss(logit, target):
+            cut = CUT(logit, target)
+            cut.retain_grad()
+            spy.now |= dict(cut=cut, target=target)
+            return cut
+
+        def train_phase(config, state, tree, *args):
+            before = set_of(tree)
+            names = {id(p): name for name, p in tree.named_parameters()}
+            tree.eval()
+            phase = dict(name=state["phase"], node=state["node"], rows=state["rows"], steps=[],
+                         parents=list(tree.parents), names=names, leaves=tree.leaves,
+                         target=state["target"], probs=train.leaf_probs(tree, images))
+            tree.train()
+            spy.phases.append(phase)
+            PHASE(config, state, tree, *args)
+            after = tree.state_dict()
+            phase["changed"] = {k for k in before if not torch.equal(before[k], after[k])}
+
+        def infer_path(tree, x, leaf=None):
+            spy.path = INFER_PATH(tree, x, leaf)
+            spy.chunk_rows, spy.tree_training = indices(x, images), tree.training
+            spy.leaf_is_drawn = leaf is None
+            spy.seen = 0
+            return spy.path
+
+        def conditioned(config, diffusion, networks, tree, path):
+            here = slice(spy.seen, spy.seen + len(path.z))
+            spy.now = dict(networks=networks, unet_training=networks.training, path=path,
+                           mine=spy.path.z[here].equal(path.z)
+                           and spy.path.nodes[here].equal(path.nodes),
+                           rows=spy.chunk_rows[here], tree_training=spy.tree_training,
+                           drawn=spy.leaf_is_drawn, tree=set_of(tree))
+            spy.seen += len(path.z)
+            spy.steps.append(spy.now)
+            return CONDITIONED(config, diffusion, networks, tree, path)
+
+        def diffusion_loss(diffusion, net, x0, y=None, **kwargs):
+            value = DIFFUSION_LOSS(diffusion, net, x0, y, **kwargs)
+            spy.now |= dict(x0=x0, y=y, loss=value.item())
+            return value
+
+        def clip(parameters, norm):
+            spy.now["clip"] = norm
+            return CLIP(parameters, norm)
+
+        self.optimizers = []
+        patch.setattr(torch.optim, "Adam", Adam)
+        patch.setattr(nn.utils, "clip_grad_norm_", clip)
+        patch.setattr(train.F, "binary_cross_entropy_with_logits", cut_loss)
+        patch.setattr(train.TreeVAE, "loss", tree_loss)
+        patch.setattr(train.TreeVAE, "infer_path", infer_path)
+        patch.setattr(train, "train_phase", train_phase)
+        patch.setattr(train, "conditioned", conditioned)
+        patch.setattr(train.Diffusion, "loss", diffusion_loss)
+        patch.setattr(train, "CHUNK", 4)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "shapes"
-    train.main([*TINY, "--out", str(folder)])
-    return folder
+def ran(data, tmp_path_factory):
+    """A whole run and what was seen of it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.DATASETS, "known", train.DataSet(lambda config: data))
+        spy = Spy(patch, data.images)
+        train.main(as_argv(out=folder))
+    spy.folder = folder
+    spy.log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+    spy.tree = torch.load(folder / "tree.pt", weights_only=True)
+    return spy
 
 
-# -- the pipeline -----------------------------------------------------------------------------------------------------
+# -- stage 1, as it ran ------------------------------
 
-def test_a_run_leaves_all_its_files(finished):
-    names = {path.name for path in finished.iterdir()}
-    assert names >= {"config.json", "log.csv", "tree.pt", "diffusion.pt", "checkpoint.pt", "curves.png", "growth.png"}
-    assert not any(name.endswith(".part") for name in names)
-    header, *rows = (finished / "log.csv").read_text().splitlines()
-    assert header.startswith("seconds,phase,node,epoch,elbo,reconstruction,kl_root,kl_nodes,kl_decisions,contrastive,leaf_shares,note")
-    assert [row.split(",")[1] for row in rows][:3] == ["initial", "initial", "grow"] and rows[-1].split(",")[1] == "diffusion"
-
-
-def test_stage_2_on_the_tree_of_another_run(finished, tmp_path, capsys):
-    train.main(["--tree", str(finished), "--condition", "none", "--with-reconstruction", "--out", str(tmp_path / "other"), "--device", "cpu"])
-    assert "grow" not in capsys.readouterr().out
-    trees = [torch.load(folder / "tree.pt") for folder in (finished, tmp_path / "other")]
-    assert trees[0]["parents"] == trees[1]["parents"]
-    assert all(torch.equal(value, trees[1]["state_dict"][name]) for name, value in trees[0]["state_dict"].items())
-    configs = [train.load_config(folder) for folder in (finished, tmp_path / "other")]
-    assert configs[1].seed == configs[0].seed and configs[1].max_images == 192 and configs[1].condition == "none"
-    assert len(train.load_state(configs[1])["frames"]) == len(train.load_state(configs[0])["frames"])
-    state = train.load_state(configs[0]) | dict(phase="grow")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_text((finished / "config.json").read_text())
-    torch.save(state, tmp_path / "half" / "checkpoint.pt")
-    for folder, words in ((tmp_path / "half", "is not grown yet"), (tmp_path / "nothing", "there is no run")):
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--tree", str(folder), "--out", str(tmp_path / "new"), "--device", "cpu"])
-        assert stop.value.code == 2 and words in capsys.readouterr().err
-        assert not (tmp_path / "new" / "config.json").exists()
+def test_the_order_of_phases(ran):
+    names = [phase["name"] for phase in ran.phases]
+    # The root's second training, along the cut, is no split: the third split comes after it
+    assert names[:7] == ["initial"] + 4 * ["grow"] + ["intermediate", "grow"]
+    assert names[-1] == "finetune" and names.count("finetune") == 1
+    assert [len(phase["leaves"]) for phase in ran.phases[:7]] == [2, 2, 3, 4, 5, 5, 6]
+    assert ran.phases[1]["node"] == 0 and ran.phases[1]["rows"].tolist() == list(range(240))
+    assert len(ran.phases[-1]["leaves"]) <= 6
 
 
-def test_flags_of_runs_that_are_there_already(finished, tmp_path, capsys):
-    """--tree keeps the data set of its run, the user's own images too; --resume does not go on with another."""
-    config = json.loads((finished / "config.json").read_text()) | dict(dataset=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert train.parse_flags(["--tree", str(tmp_path), "--out", "new"])[0].dataset == str(tmp_path)
-    assert train.parse_flags(["--resume", "--compile", "--out", str(finished)])[0].compile
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", "--dataset", "mnist", "--out", str(finished)])
-    assert stop.value.code == 2 and "is of shapes, not of mnist" in capsys.readouterr().err
+def test_every_weight_arrives_in_the_step(ran):
+    starts = dict(initial=0.05, grow=0.15, intermediate=0.15, finetune=0.15)
+    contrasts = dict(initial=50.0, intermediate=10.0, finetune=10.0)
+    epochs = dict(initial=3, grow=3, intermediate=2, finetune=4)
+    for phase in ran.phases:
+        name, steps = phase["name"], phase["steps"]
+        per_epoch = len(steps) // epochs[name]
+        for k, step in enumerate(steps):
+            epoch, done = k // per_epoch, k / len(steps)
+            rate = max(0.1, 1 / 3) if name == "finetune" else 0.1
+            assert step["kl_weight"] == pytest.approx(min(1, starts[name] + rate * epoch))
+            assert step["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * done)))
+            assert step["decay"] == 1e-5 and step["fresh"] == (k == 0)
+            assert step["below"] == phase["node"]
+            if name == "grow":
+                assert step["view"] is None and step["visits"] is not None
+                assert step["cut"] == pytest.approx(100 * max(0, 1 - 2 * done), rel=1e-5)
+            else:
+                assert step["contrastive_weight"] == pytest.approx(contrasts[name])
+                assert step["view"].shape == step["x"].shape and "cut" not in step
+    assert ran.phases[-1]["steps"][-1]["kl_weight"] == 1
+    assert len({id(optimizer) for optimizer in ran.optimizers}) == len(ran.phases) + 1
 
 
-def test_pictures_and_metrics_of_a_run(finished, capsys, monkeypatch):
-    monkeypatch.setitem(metrics.RECIPES, "small", (1, 3e-3))
-    sample.main([str(finished), "--n", "2", "--steps", "3", "--device", "cpu"])
-    for name in ("tree.png", "leaves.png", "one_root.png", "reconstructions.png", "denoising.png", "interpolation.png",
-                 "growth.gif"):
-        assert (finished / name).stat().st_size > 5000
-    leaf = train.load_run(finished, "cpu")[3].leaves[0]
-    sample.main([str(finished), "--leaf", str(leaf), "--n", "2", "--steps", "2", "--eta", "0.5", "--device", "cpu"])
-    sample.main([str(finished), "--node", "0", "--n", "2", "--steps", "2", "--device", "cpu"])
-    assert (finished / f"leaf_{leaf}.png").exists() and (finished / "node_0.png").exists()
-    metrics.main([str(finished), "--device", "cpu", "--ll-samples", "2", "--images", "64", "--steps", "2"])
-    result = json.loads((finished / "metrics.json").read_text())
-    assert 0 < result["dendrogram_purity"] <= 1 and sum(result["leaf_sizes"]) == result["images"] == 2000
-    parts = [result[name] for name in ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")]
-    assert result["elbo"] == pytest.approx(parts[0] - sum(parts[1:]), abs=1e-2)
-    assert result["elbo"] - 20 < result["log_likelihood"] < 0
-    assert "dendrogram purity" in capsys.readouterr().out
+def test_epochs_see_each_image_once_in_a_new_order(ran):
+    for phase in ran.phases:
+        mine = range(240) if phase["rows"] is None else phase["rows"].tolist()
+        batch = min(16, len(mine))
+        per_epoch = len(mine) // batch
+        orders = []
+        for k in range(0, len(phase["steps"]), per_epoch):
+            order = sum([step["rows"] for step in phase["steps"][k:k + per_epoch]], [])
+            assert len(order) == len(set(order)) == per_epoch * batch
+            assert set(order) <= set(mine)
+            orders.append(tuple(order))
+        assert len(set(orders)) == len(orders) > 1 and orders[0] != tuple(sorted(orders[0]))
 
 
-def test_sampling_is_the_same_for_a_seed(finished):
-    painter = sample.Painter(finished, "cpu", steps=3, eta=0.0)
-    images = []
-    for batch_size in (64, 3):
-        torch.manual_seed(4)
-        images.append(painter.draw(painter.new_paths(2), batch_size=batch_size)[1])
-    assert torch.allclose(*images, atol=0.02)                                  # bf16 rounds by batch
+def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
+    for phase in ran.phases[2:]:
+        if phase["name"] == "grow":
+            node, leaves = phase["node"], phase["leaves"]
+            children = [i for i, parent in enumerate(phase["parents"]) if parent == node]
+            columns = [leaves.index(child) for child in children]
+            reach = phase["probs"][:, columns].sum(1)
+            has = reach >= min(1 / (len(leaves) - 1), 0.5)
+            near = (reach - min(1 / (len(leaves) - 1), 0.5)).abs() < 1e-5
+            assert set(has.nonzero().flatten().tolist()) ^ set(phase["rows"].tolist()) \
+                <= set(near.nonzero().flatten().tolist())
+            prefixes = tuple(f"nodes.{i}." for i in children) \
+                + (f"nodes.{node}.router_p", f"nodes.{node}.router_q")
+            assert phase["changed"] and all(name.startswith(prefixes) for name in phase["changed"])
+            for step in phase["steps"]:
+                trained = {phase["names"][i] for i in step["trained"]}
+                assert trained == {n for n in phase["names"].values() if n.startswith(prefixes)}
+                outside = {m for m in step["modes"] if not (m + ".").startswith(prefixes)}
+                assert not outside
+            first = phase["steps"][0]     # the target of each image is its own
+            places = [phase["rows"].tolist().index(row) for row in first["rows"]]
+            assert torch.equal(first["target"], phase["target"][places])
+            assert 0 < phase["target"].mean() < 1
 
 
-def test_one_leaf_is_a_plain_vae(tmp_path):
-    train.main([*TINY, "--max-leaves", "1", "--out", str(tmp_path)])
-    assert torch.load(tmp_path / "tree.pt", weights_only=True)["parents"] == [-1]
-    _, _, data, tree, _ = train.load_run(tmp_path, "cpu")
-    assert tree.leaf_probs(data.images[:3].float() / 255).tolist() == [[1.0]] * 3
-    sample.main([str(tmp_path), "--n", "1", "--steps", "2", "--device", "cpu"])
+def test_all_parameters_train_in_the_other_phases(ran):
+    for phase in ran.phases:
+        if phase["name"] != "grow":
+            parts = {".".join(name.split(".")[:3]) for name in phase["names"].values()}
+            changed = {".".join(name.split(".")[:3]) for name in phase["changed"]}
+            assert parts <= changed
+            assert len(phase["steps"][0]["trained"]) == len(phase["names"])
+            assert "" in phase["steps"][0]["modes"] and "encoder" in phase["steps"][0]["modes"]
 
 
-def test_compile_is_of_the_u_net_and_keeps_its_names(finished, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    train.main(["--tree", str(finished), "--compile", "--out", str(tmp_path), "--device", "cpu"])
-    assert [type(module) for module in compiled] == [train.UNet]
-    ours, plain = (torch.load(folder / "diffusion.pt", weights_only=True) for folder in (tmp_path, finished))
-    assert ours.keys() == plain.keys()
+def test_the_log_says_what_happened(ran):
+    assert list(ran.log[0]) == [
+        "seconds", "phase", "node", "epoch", "step", "kl_weight", "elbo", "reconstruction",
+        "kl_root", "kl_nodes", "kl_decisions", "contrastive", "cut", "loss", "leaf_shares", "note"]
+    epochs = [row for row in ran.log if row["epoch"]]
+    for phase in ran.phases:
+        for epoch in range(FLAGS[f"{phase['name']}_epochs"]):
+            row = epochs.pop(0)
+            node = "" if phase["node"] is None else str(phase["node"])
+            assert (row["phase"], row["epoch"], row["node"]) == (phase["name"], str(epoch + 1), node)
+            parts = [float(row[f"kl_{name}"]) for name in ("root", "nodes", "decisions")]
+            assert float(row["elbo"]) == pytest.approx(float(row["reconstruction"]) - sum(parts),
+                                                       abs=1e-3)
+            shares = dict(part.split(":") for part in row["leaf_shares"].split())
+            if phase["name"] != "grow":
+                assert sum(map(float, shares.values())) == pytest.approx(1, abs=1e-3)
+                assert set(shares) == {str(leaf) for leaf in phase["leaves"]} and row["contrastive"]
+            else:
+                assert len(shares) == 2 and float(row["cut"]) > 0
+    assert not epochs
+    notes = {row["phase"]: row["note"] for row in ran.log if row["note"]}
+    assert notes["finetune"].startswith("pruned: ") and " images" in notes["grow"]
 
 
-class Interrupted(Exception):
-    pass
+def test_frames_are_the_tree_after_every_phase(ran, data):
+    frames = ran.tree["frames"]
+    titles = [frame["title"].split(":")[0] for frame in frames]
+    assert [title for title in titles if title != "pruned"] == [p["name"] for p in ran.phases]
+    for frame in frames:
+        assert sum(frame["shares"]) == pytest.approx(1, abs=1e-5)
+        assert frame["images"].shape == (len(frame["leaves"]), 1, 28, 28)
+        mean = torch.einsum("l,lchw->chw", torch.tensor(frame["shares"]), frame["images"].float())
+        assert (mean - data.images.float().mean(0)).abs().max() < 60
+    assert frames[-1]["parents"] == ran.tree["parents"]
 
 
-@pytest.mark.parametrize("after_steps", [2, 25, -1])
-def test_an_interrupted_run_resumes_to_the_same_weights(finished, tmp_path, monkeypatch, after_steps):
-    folder, steps = tmp_path / "run", [0]
-    save = train.Run.save
-    def checkpoint_every_step(run, **state):
-        save(run, **state)
-        run.saved = -1e9
-    def die(run, text, last=False):
-        steps[0] += 1
-        if steps[0] > after_steps >= 0 or after_steps == -1 and text.startswith("diffusion") and steps[0] % 3 == 0:
-            raise Interrupted
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "save", checkpoint_every_step)
-        patch.setattr(train.Run, "say", die)
-        patch.setattr(train.Run, "due", lambda run: True)
-        with pytest.raises(Interrupted):
-            train.main([*TINY, "--out", str(folder)])
-    train.main(["--resume", "--out", str(folder)])
-    for name in ("tree.pt", "diffusion.pt"):
-        one, other = (torch.load(path / name, weights_only=True) for path in (finished, folder))
-        if name == "tree.pt":
-            assert one["parents"] == other["parents"]
-            one, other = one["state_dict"], other["state_dict"]
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+# -- stage 2, as it ran ------------------------------
+
+def test_stage_2_steps(ran, data):
+    assert len(ran.steps) == 14
+    for k, step in enumerate(ran.steps):
+        assert step["lr"] == pytest.approx(
+            2e-3 * 0.5 * (1 + math.cos(math.pi * k / 14)) * min(1, (k + 1) / 5))
+        assert step["decay"] == 0 and step["fresh"] == (k == 0)
+        assert step["clip"] == 1.0 and step["norm"] <= 1 + 1e-4
+        assert step["drawn"] and step["mine"] and step["unet_training"] and not step["tree_training"]
+        x = data.images[step["rows"]].float() / 127.5 - 1
+        assert torch.allclose(step["x0"], x, atol=1e-6) and step["x0"].shape == (32, 1, 28, 28)
+        assert step["x0"].min() == -1 and step["x0"].max() > 0.6
+        assert step["y"].shape[0] == 32
+        assert all(torch.equal(v, step["tree"][k]) for k, v in ran.tree["state_dict"].items())
+    assert len({tuple(step["rows"]) for step in ran.steps}) == 14
 
 
-@pytest.mark.parametrize("signal, reconstruction", [("leaf", False), ("none", True), ("path", True)])
-def test_every_conditioning_trains_and_samples(tmp_path, signal, reconstruction):
-    config = train.Config(condition=signal, with_reconstruction=reconstruction, unet_channels=8, unet_multipliers="1,2", drop_condition=0.5)
+def test_the_leaf_of_a_path_is_drawn_and_each_path_is_its_images(data):
+    config = train.Config(latent_channels=2, bottom_up_channels=8)
     tree = train.build_tree(config, (1, 28, 28)).eval()
-    networks = train.build_denoiser(config, tree).eval()
-    for p in networks["unet"].parameters():                                    # some start at 0
-        torch.nn.init.normal_(p, std=0.1)
-    path = tree.sample_path(3)
-    net, y = train.conditioned(networks, config, tree, path)
-    x, t = torch.randn(3, 1, 28, 28), torch.tensor([1, 500, 900])
-    assert net(x, t, y).shape == x.shape and (y is None) == (signal == "none")
-    other = path._replace(z=path.z + torch.tensor([1.0, 0.0])[: path.z.shape[1]].view(1, -1, 1, 1, 1))   # another root alone
-    net_2, y_2 = train.conditioned(networks, config, tree, other)
-    assert torch.equal(net(x, t, y), net_2(x, t, y_2)) == (signal != "path")    # only the whole path tells of the root
-    leaf = path._replace(z=path.z + 1)
-    assert not torch.equal(net(x, t, y), (lambda n, c: n(x, t, c))(*train.conditioned(networks, config, tree, leaf)))
+    nn.init.zeros_(tree.nodes[0].router_q.net[-1].weight)
+    nn.init.zeros_(tree.nodes[0].router_q.net[-1].bias)
+    path = tree.infer_path(data.images.float() / 255)
+    assert 80 < (path.nodes[:, 1] == 1).sum() < 160       # P = 1/2: both leaves
 
 
-def test_another_seed_gives_another_run(finished, tmp_path):
-    train.main([*TINY, "--seed", "2", "--diffusion-epochs", "0", "--out", str(tmp_path / "run")])
-    one, other = (torch.load(path / "tree.pt", weights_only=True)["state_dict"] for path in (finished, tmp_path / "run"))
-    assert not torch.equal(one["encoder.1.0.weight"], other["encoder.1.0.weight"])
+def test_diffusion_pt_is_the_average(ran):
+    average = ran.steps[0]["before"]
+    for k, step in enumerate(ran.steps):
+        decay = min(0.5, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * step["after"]
+    saved = torch.load(ran.folder / "diffusion.pt", weights_only=True)
+    networks = copy.deepcopy(ran.steps[0]["networks"])
+    last = flat(networks)
+    networks.load_state_dict(saved)
+    assert torch.allclose(flat(networks), average, atol=1e-6)
+    assert not torch.allclose(flat(networks), last, atol=1e-4)
+    assert not torch.equal(ran.steps[0]["before"], ran.steps[0]["after"])
 
 
-def test_every_preset_builds_its_networks():
-    for name, settings in train.PRESETS.items():
-        config = train.Config(**settings)
-        train.check(config)
-        tree = train.build_tree(config, (1, 28, 28)).eval()
-        networks = train.build_denoiser(config, tree).eval()
-        path = tree.sample_path(2)
-        out = networks["unet"](torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), networks["path_encoder"](*path))
-        assert out.shape == (2, 1, 28, 28), name
-    paper = train.Config(**train.PRESETS["paper"])
-    assert (paper.latent_channels, paper.representation_dim, paper.bottom_up_channels, paper.max_depth) == (16, 4, 32, 7)
-    assert (paper.initial_epochs, paper.subtree_epochs, paper.intermediate_epochs, paper.finetune_epochs) == (150, 150, 80, 200)
+def test_log_rows_of_stage_2(ran):
+    rows = [row for row in ran.log if row["phase"] == "diffusion" and row["step"]]
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 14]
+    for row, first in zip(rows, (0, 4, 8, 12)):
+        losses = [step["loss"] for step in ran.steps[first:first + 4]]
+        assert float(row["loss"]) == pytest.approx(np.mean(losses), abs=2e-3 * np.mean(losses))
 
 
-def test_appendix_d_in_colour():
-    config, _ = train.parse_flags(["--preset", "paper", "--dataset", "cifar10"])
-    assert (config.encoder, config.latent_channels, config.bottom_up_channels, config.representation_dim) == ("resnet", 64, 128, 4)
-    assert (config.contrastive, config.contrastive_later, config.guide, config.augmented_elbo) == (100, 1, 0, True)
-    assert (config.intermediate_epochs, config.finetune_epochs, config.kl_start, config.kl_per_epoch) == (0, 0, 0.01, 0.01)
-    assert (config.unet_channels, config.unet_attention) == (128, "16,8")
-    assert train.parse_flags(["--dataset", "shapes-rgb", "--preset", "tiny"])[0].initial_epochs == 15
+def test_another_stage_2_on_the_same_tree(ran, data, known, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch, data.images)
+    images = []
+    def eps_net(diffusion, unet, image=None, real=train.eps_net):
+        images.append(image)
+        return real(diffusion, unet, image)
+    monkeypatch.setattr(train, "eps_net", eps_net)
+    train.main(["--tree", str(ran.folder), "--condition", "none", "--with-reconstruction", "--seed",
+                "8", "--diffusion-lr-decay", "constant", "--diffusion-epochs", "1", "--out",
+                str(tmp_path / "other")])
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    mine = dict(condition="none", with_reconstruction=True, seed=8, diffusion_epochs=1,
+                diffusion_lr_decay="constant", tree=str(ran.folder), out=str(tmp_path / "other"))
+    assert config == json.loads((ran.folder / "config.json").read_text()) | mine
+    other = torch.load(tmp_path / "other" / "tree.pt", weights_only=True)
+    assert other["parents"] == ran.tree["parents"] and not spy.phases
+    assert all(torch.equal(v, other["state_dict"][k]) for k, v in ran.tree["state_dict"].items())
+    assert len(other["frames"]) == len(ran.tree["frames"])
+    rates = [2e-3 * min(1, (k + 1) / 5) for k in range(7)]
+    assert [step["lr"] for step in spy.steps] == pytest.approx(rates)
+    run = train.load_run(tmp_path / "other")
+    for step, image in zip(spy.steps, images):
+        assert step["y"] is None
+        assert torch.allclose(image, 2 * run.tree.decode(step["path"]) - 1, atol=0.02)
+        assert image.min() < -0.5                          # in [-1, 1]
 
 
-# -- random views ------------------------------------------------------------------------------------------------------
+# -- interruption, files ------------------------------
 
-def test_random_views_keep_what_they_must():
-    """Each change alone has something that it leaves as it was; torchvision's transforms have the same."""
-    still = train.Views((1, 1), (1, 1), (0, 0, 0, 0), 1.0, 0.0, gamma=0.0)
-    x = 0.4 + 0.2 * torch.rand(64, 3, 32, 32)                                   # so that nothing is clamped
-    def only(**change):
-        torch.manual_seed(0)
-        return train.random_view(x, still._replace(**change))
-    upright = only()
-    flipped = torch.tensor([not torch.allclose(upright[i], x[i], atol=1e-4) for i in range(64)])
-    assert 15 < flipped.sum() < 49                                              # every image for itself
-    assert torch.allclose(upright, torch.where(flipped[:, None, None, None], x.flip(3), x), atol=1e-4)
-    brighter = only(jitter=(0.4, 0, 0, 0)) / upright
-    assert torch.allclose(brighter, brighter[:, :1, :1, :1].expand_as(x), atol=1e-3) and brighter.std() > 0.1
-    contrast = only(jitter=(0, 0.4, 0, 0))
-    assert torch.allclose(grey(contrast).mean((1, 2, 3)), grey(upright).mean((1, 2, 3)), atol=1e-3)
-    assert (contrast.std((1, 2, 3)) / upright.std((1, 2, 3))).std() > 0.1
-    assert torch.allclose(grey(only(jitter=(0, 0, 0.4, 0))), grey(upright), atol=2e-3)
-    turned = only(jitter=(0, 0, 0, 0.1))
-    assert torch.allclose(turned.sum(1), upright.sum(1), atol=1e-4) and (turned - upright).abs().max() > 0.02
-    assert torch.allclose(only(grey_p=1.0), grey(upright).expand_as(x), atol=2e-3)
-    assert torch.allclose(only(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.0), upright, atol=1e-4)
-
-
-def test_a_view_is_a_part_of_its_image():
-    torch.manual_seed(0)
-    columns = torch.linspace(0, 1, 28).expand(200, 1, 28, 28)                   # brightness tells the place
-    view = train.random_view(columns, train.Views((0.25, 0.25), (1, 1), (0, 0), gamma=0.0))
-    assert torch.allclose((view.amax((1, 2, 3)) - view.amin((1, 2, 3))), torch.tensor(0.5), atol=0.03)   # half as wide
-    middle = view.mean((1, 2, 3))
-    assert middle.min() < 0.3 and middle.max() > 0.7
-    assert train.random_view(torch.rand(1, 3, 64, 64), train.VIEWS[3]).shape == (1, 3, 64, 64)
+def test_an_interrupted_run_ends_as_the_whole_one(ran, known, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHUNK", 4)
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)
+    argv = as_argv(out=tmp_path)
+    for phase in ("initial", "grow", "intermediate", "finetune", "diffusion"):
+        count = [0]
+        def die(state, title, *args, real=train.report):
+            count[0] += state["phase"] == phase
+            if count[0] == 2:                              # the second epoch's, or chunk's
+                raise RuntimeError("killed")
+            real(state, title, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "report", die)
+            with pytest.raises(RuntimeError, match="killed"):
+                train.main(argv)
+        assert not (tmp_path / "diffusion.pt").exists()
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["phase"] == phase
+        argv = ["--resume", "--out", str(tmp_path)]
+    train.main(argv)
+    one, other = torch.load(tmp_path / "tree.pt"), ran.tree
+    assert one["parents"] == other["parents"]
+    assert all(torch.equal(v, other["state_dict"][k]) for k, v in one["state_dict"].items())
+    one, other = [torch.load(folder / "diffusion.pt") for folder in (tmp_path, ran.folder)]
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    log = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row | dict(seconds="") for row in log] == [row | dict(seconds="") for row in ran.log]
 
 
-# -- the algorithm of stage 1 -----------------------------------------------------------------------------------------
-
-def test_phases_follow_the_algorithm(monkeypatch):
-    """initial, the root's split, three more, intermediate, ..., prune, finetune, diffusion; leaves that pruning will take do not count."""
-    config = train.Config(max_leaves=5, max_depth=4, tree_batch_size=10, intermediate_epochs=1)
-    tree = train.build_tree(config, (1, 28, 28))
-    images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
-    def probs(tree, images):                                                    # even leaves, but node 3 gets next to nothing
-        columns = torch.arange(1000) % len(tree.leaves)
-        if 3 in tree.leaves:
-            column = tree.leaves.index(3)
-            columns[columns == column] = (column + 1) % len(tree.leaves)
-        return torch.eye(len(tree.leaves))[columns]
-    monkeypatch.setattr(train, "leaf_probs", probs)
-    seen, phase = [], "initial"
-    while phase != "diffusion":
-        phase, node, mask, note = train.next_phase(tree, images, config, phase)
-        seen.append(phase)
-        assert phase != "grow" or (f"leaf {node} has the most images, {mask.sum()}" if node else "the root's routers") in note
-        assert (phase == "grow") == (node is not None) and (mask is None or mask.shape == (1000,))
-    assert seen == ["grow", "grow", "grow", "grow", "intermediate", "grow", "finetune", "diffusion"] and "pruned: " not in note
-    assert len(tree.leaves) == 5 and 3 not in tree.leaves                       # six were grown, one was pruned
+def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path):
+    def save(file):
+        file.write(b"half")
+        raise OSError("the disk is full")
+    train.replace_file(tmp_path / "file", lambda file: file.write(b"whole"))
+    with pytest.raises(OSError):
+        train.replace_file(tmp_path / "file", save)
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    train.replace_file(tmp_path / "file", lambda file: file.write(b"next"))
+    assert (tmp_path / "file").read_bytes() == b"next"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_ema_warms_up():
-    """With a decay of min(d, (1 + n) / (10 + n)) the average follows the weights early on, as a hand-run average does."""
-    decay, average, weight = 0.9999, 1.0, 1.0
-    for n in range(1, 200):
-        weight = 1.0 + n
-        d = min(decay, (1 + n) / (10 + n))
-        average = d * average + (1 - d) * weight
-    network = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(network.weight, 1.0)
-    ema = train.moving_average(network, 0.9999)
-    for n in range(200):
-        torch.nn.init.constant_(network.weight, 1.0 + n)
-        ema.update_parameters(network)
-    assert ema.module.weight.item() == pytest.approx(average, rel=1e-4) and average > 150
-
-
-# -- several processes ------------------------------------------------------------------------------------------------
-
-ONE_PHASE = """
-import sys, torch, train
-sys.argv = ["test"]
-device = train.pick_device("cpu")
-torch.manual_seed(train.world()[0])                                   # each process starts from other weights and must not keep them
-net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-run = train.Run(train.Config(out=OUT), device)
-images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-def step_loss(x, epoch, progress):
-    if progress == STOP and train.world()[0] == 0:                    # a signal that reaches one process alone
-        run.stop = 2
-    loss = (net(x).squeeze(1) - x.mean((1, 2, 3))).square().mean()
-    return loss, {"loss": loss}
-train.train_phase(run, "test", step_loss, net, images, 3, 8, 1e-2, "constant", grad_clip=0.5)
-train.write(OUT + "/net.pt", lambda file: torch.save([net.state_dict(), [row["loss"] for row in run.state["log"]]], file))
-"""
-
-
-def launch(n, *command, cwd=None, code=0):
-    """Start n processes as torchrun does, on this machine's loopback; -> what each printed. They must all end with this exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    def env(rank):
-        group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-        return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in group.items() if n > 1}
-    runs = [subprocess.Popen([sys.executable, *command], env=env(rank), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in range(n)]
-    outputs = [run.communicate(timeout=200)[0] for run in runs]
-    assert [run.returncode for run in runs] == n * [code], outputs
-    return outputs
-
-
-def test_two_processes_train_as_one(tmp_path):
-    results = []
-    for n in (1, 2):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        (folder / "script.py").write_text(f"OUT, STOP = {str(folder)!r}, None\n" + ONE_PHASE)
-        launch(n, str(folder / "script.py"))
-        results.append(torch.load(folder / "net.pt", weights_only=True))
-    (one, one_losses), (two, two_losses) = results
-    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)    # the same gradients, step by step
-    assert one_losses == pytest.approx(two_losses, abs=2e-5)
-
-
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
-    (tmp_path / "script.py").write_text(f"OUT, STOP = {str(tmp_path)!r}, 7 / 15\n" + ONE_PHASE)
-    launch(2, str(tmp_path / "script.py"), code=130)
-    state = train.read_saved(tmp_path / "checkpoint.pt")
-    assert (state["epoch"], state["batch"]) == (1, 3) and not (tmp_path / "net.pt").exists()    # 8 of 3 x 5 steps are done
-
-
-def test_both_stages_run_on_two_processes(tmp_path):
-    first, second = launch(2, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path / "run"), cwd=tmp_path)
-    assert "done in" in first and "cpu x 2" in first and second == ""           # one of them speaks, and writes
-    assert (tmp_path / "run" / "diffusion.pt").exists() and len(train.load_run(tmp_path / "run", "cpu")[3].leaves) >= 2
-
-
-# -- data sets --------------------------------------------------------------------------------------------------------
-
-def write_idx(path, array):
-    """MNIST's file format: two zero bytes, type 8 (uint8), number of dimensions, each as a big-endian int32, the bytes."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
-@pytest.mark.parametrize("name, folder", [("fashion", "FashionMNIST"), ("mnist", "MNIST")])
-def test_data_sets_load_from_their_public_layout(tmp_path, name, folder):
-    raw = tmp_path / folder / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 30), ("t10k", 10)):
-        write_idx(raw / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (n, 28, 28)))
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
-    data = train.load_data(train.Config(dataset=name, data_root=str(tmp_path)))
-    assert data.images.shape == (30, 1, 28, 28) and data.images.dtype == torch.uint8 and data.test_images.shape[0] == 10
-    assert data.test_labels.tolist() == list(range(10)) and len(data.classes) == 10
-
-
-def test_cifar10_loads_from_its_public_layout(tmp_path, monkeypatch):
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({"data": rng.integers(0, 256, (4, 3072)).astype(np.uint8), "labels": [0, 1, 2, 3]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: path.exists() if hasattr(path, "exists") else True)
-    data = train.load_data(train.Config(dataset="cifar10", data_root=str(tmp_path)))
-    assert data.images.shape == (20, 3, 32, 32) and data.images.dtype == torch.uint8 and data.test_images.shape == (4, 3, 32, 32)
-    first = pickle.loads((folder / "data_batch_1").read_bytes())["data"][0].reshape(3, 32, 32)
-    assert (data.images[0].numpy() == first).all() and data.labels[:4].tolist() == [0, 1, 2, 3] and data.classes[0] == "a"
-
-
-def test_shapes_are_the_same_everywhere_and_even():
-    images, labels = train.draw_shapes(400, seed=0)
-    again, _ = train.draw_shapes(400, seed=0)
-    assert torch.equal(images, again) and images.shape == (400, 1, 28, 28) and images.float().max() > 200
-    assert torch.bincount(labels).min() > 25 and len(train.SHAPES) == 8
-    colour, same_labels = train.draw_shapes(400, seed=0, colour=True)
-    assert colour.shape == (400, 3, 32, 32) and torch.equal(labels, same_labels)
-    centre = images[:, 0, 12:16, 12:16].float().mean((1, 2))
-    assert centre[labels < 4].min() > 150 and centre[(labels >= 4) & (labels != 7)].max() < 60      # filled or outlined
-
-
-# -- mistakes ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("argv, words", [
-    (["--colour"], "unrecognized arguments"),
-    (["--dataset", "cats"], "invalid choice: 'cats'"),
-    (["--seed", "one"], "invalid int value"),
-    (["--tree-lr", "nan"], "--tree-lr must be"),
-    (["--tree-batch-size", "0"], "--tree-batch-size must be"),
-    (["--max-leaves", "0"], "--max-leaves must be"),
-    (["--max-leaves", "40", "--max-depth", "5"], "at most 32 leaves"),
-    (["--max-leaves", "30", "--min-share", "0.05"], "lower --min-share"),
-    (["--unet-multipliers", "1,two"], "separated by commas"),
-    (["--representation-dim", "4"], "1 with an mlp"),
-    (["--device", "cuda"], "there is no cuda device"),
-    (["--resume"], "there is no run"),
-    (["--resume", "--seed", "2"], "leave out --seed"),
-    (["--unet-channels", "9"], "must be even"),
-    (["--condition", "none", "--drop-condition", "0.1"], "nothing to drop"),
-    (["--max-images", "1"], "--max-images not 1"),
-    (["--seed", "100000000000000"], "--seed must be"),
-])
-def test_wrong_flags_are_one_sentence(tmp_path, capsys, argv, words):
-    if words == "there is no cuda device" and torch.cuda.is_available():
-        argv[1], words = "mps", "there is no mps device"
-    with pytest.raises(SystemExit) as stop:
-        train.main([*argv, "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_network_and_no_data_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--dataset", "fashion", "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.err.count("\n") == 1 and "--data-root" in captured.err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_finished_run_is_not_overwritten(finished, tmp_path, capsys):
-    config = json.loads((finished / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"preset": "tiny"}))
-    with pytest.raises(SystemExit) as stop:
-        train.main([*TINY, "--out", str(tmp_path)])
-    assert stop.value.code == 2 and "holds a run already" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize("name, damage, words", [
-    ("config.json", b"{", "not a run's settings"), ("config.json", b'{"colour": 1}', "not a run's settings"),
-    ("tree.pt", b"not a checkpoint", "cannot be read"), ("diffusion.pt", None, "is missing"),
-    ("config.json", b'{"bottom_up_channels": 24}', "do not fit"), ("config.json", b'{"dataset": "cats"}', "must be one of"),
-    ("config.json", b'{"seed": "1"}', "must be of type int"),
-])
-def test_damaged_runs_are_one_sentence(finished, tmp_path, capsys, name, damage, words):
-    for path in finished.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    if damage is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_bytes(damage)
-    with pytest.raises(SystemExit) as stop:
-        sample.main([str(tmp_path), "--device", "cpu"])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv, words", [(["--leaf", "99"], "no such node as 99"), (["--steps", "0"], "--steps must be"),
-                                         (["--n", "0"], "--n must be"), (["--eta", "-1"], "--eta in 0..1")])
-def test_wrong_sampling_flags_are_one_sentence(finished, capsys, argv, words):
-    with pytest.raises(SystemExit) as stop:
-        sample.main([str(finished), "--device", "cpu", *argv])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+def test_load_run(ran, known):
+    run = train.load_run(ran.folder, "cpu", "elsewhere")
+    assert run.folder == ran.folder and run.config.data_root == "elsewhere"
+    assert run.config.latent_channels == 2 and run.frames[0]["title"] == "initial: 2 leaves"
+    for module, name in ((run.tree, "tree.pt"), (run.networks, "diffusion.pt")):
+        saved = torch.load(ran.folder / name)
+        saved = saved.get("state_dict", saved)
+        assert all(torch.equal(value, saved[key]) for key, value in module.state_dict().items())
+        assert not any(m.training for m in module.modules())
+        assert not any(p.requires_grad for p in module.parameters())
