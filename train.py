@@ -445,8 +445,10 @@ def load_run(folder, device="auto", data_root=None):
 
 def live(text, last=False):
     """Redraw the live line; its last version stays. In a log only the last versions appear."""
-    if last or sys.stdout.isatty():
+    if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+    elif last:
+        print(text, flush=True)
 
 
 # == Training ======================================================================================

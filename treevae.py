@@ -534,25 +534,26 @@ class TreeVAE(nn.Module):
 
 def nt_xent(a, b, temperature, log_weight):
     """NT-Xent (Chen et al. 2020) of B images in two views, a and b (K, B, n), K at once: (K,).
-    l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} exp(s(a_i, a_k) / tau) ), s the cosine
-    similarity, i' the other view of i: sum_i w_i l_i / sum_i w_i. log_weight: log w (K, B).
+    l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
+    similarity, i' the other view of i; the mean of w_i l_i over all views. log_weight: (K, B).
     """
     views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, n)
     K, n_views, _ = views.shape
+    log_w = torch.cat([log_weight, log_weight], 1)  # (K, 2B)
     itself = torch.eye(n_views, dtype=torch.bool, device=a.device)
     similarity = (views @ views.mT / temperature).masked_fill(itself, -math.inf)  # (K, 2B, 2B)
     # Which of the other views is mine? A classification, whose answer is i' = i + B or i - B
     partner = torch.arange(n_views, device=a.device).roll(n_views // 2)
-    l = F.cross_entropy(similarity.flatten(0, 1), partner.repeat(K), reduction="none")
-    # A mean, whatever the weights' sum: a deep router hears as much as the root
-    weight = torch.cat([log_weight, log_weight], 1).softmax(1)  # (K, 2B)
-    return (weight * l.view(K, n_views)).sum(1)
+    logits = (similarity + log_w[:, None]).flatten(0, 1)
+    l = F.cross_entropy(logits, partner.repeat(K), reduction="none").view(K, n_views) + log_w
+    # Without w_k a deep router would be content with telling its images from those that never come
+    # to it, and send all its own one way: on Fashion-MNIST three of ten leaves died
+    return (log_w.exp() * l).mean(1)
 
 
 # == Beyond the paper ====================
-# A fresh router has nothing to go by but the ELBO, and settles for whatever split comes first. Here
-# it first learns to follow the best cut of its images' features, which the contrastive loss has
-# made invariant to crops; then the ELBO alone trains. Fashion-MNIST: purity 0.56, not 0.45.
+# A fresh router has only the ELBO to go by, and settles for whatever split comes first. Here it
+# first follows the best cut of its images' features, which the contrast has made invariant to crops.
 
 @torch.no_grad()
 def cut_features(tree, x):
@@ -561,13 +562,16 @@ def cut_features(tree, x):
     return head(tree.bottom_up_pass(x)[-1])
 
 
-def cut_targets(features, n_points=2000, n_voters=7):
+def cut_targets(features, n_points=2000, n_voters=7, n_draws=3):
     """Where the images of a leaf shall go: (N, k) features -> (N,) in [0, 1], 1 is left.
-    `normalized_cut` divides n_points of them in two; the rest follow their nearest n_voters.
+    The best of n_draws cuts of n_points of them; the rest follow their nearest n_voters.
     """
-    points = features[torch.randperm(len(features))[:n_points].to(features.device)]
-    left = normalized_cut(points).to(features.device).float()  # (n_points,)
-    targets = []
+    cuts = []
+    for _ in range(n_draws):
+        points = features[torch.randperm(len(features))[:n_points].to(features.device)]
+        cuts.append((*normalized_cut(points), points))
+    _, left, points = min(cuts, key=lambda cut: cut[0])
+    left, targets = left.to(features.device).float(), []  # (n_points,)
     for some in features.split(5000):  # all pairs at once are too many
         near = torch.cdist(some, points).topk(min(n_voters, len(points)), largest=False).indices
         targets.append(left[near].mean(1))  # the share that goes left
@@ -575,8 +579,8 @@ def cut_targets(features, n_points=2000, n_voters=7):
 
 
 def normalized_cut(points, neighbours=15, least=0.15):
-    """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> (N,) bool.
-    least: share of points on the smaller side. O(N^3), for a few thousand points.
+    """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> its cost, and
+    (N,) bool. least: share of points on the smaller side. O(N^3), for a few thousand points.
     """
     points = points.cpu().double()
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
@@ -595,7 +599,7 @@ def normalized_cut(points, neighbours=15, least=0.15):
     cost = (cut / volume + cut / (volume[-1] - volume))[:-1]  # cut / vol(A) + cut / vol(B)
     low = int(least * len(points))
     size = 1 + low + cost[low:len(cost) - low].argmin()
-    return order.argsort() < size  # a point's place in the order
+    return cost[size - 1].item(), order.argsort() < size  # a point's place in the order
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ TREES = [(-1,), (-1, 0, 0), (-1, 0, 0, 2, 2, 1, 1, 3, 3), (-1, 0, 0, -2, 1, 2, 2
 
 
 def make_tree(parents=(-1, 0, 0), seed=0, **kwargs):
-    """A small tree in eval mode whose weights are so large that its terms are far from 0."""
+    """A small tree in eval mode whose terms are far from 0."""
     torch.manual_seed(seed)
     settings = dict(latent_channels=2, bottom_up_channels=4, representation_dim=1, max_depth=4)
     tree = TreeVAE((1, 16, 16), parents=parents, width=2, **settings | kwargs)
-    with torch.no_grad():
-        for parameter in tree.parameters():
-            parameter.mul_(2 if parameter.dim() > 1 else 1)
+    for module in tree.modules():
+        module.momentum = 1.0
+    tree.elbo(images(64, seed))  # batch norm's statistics: or all images would look the same
     return tree.eval()
 
 
@@ -166,22 +166,21 @@ def test_gaussian_likelihood_is_the_density_with_sigma_one_and_its_images_are_cl
 
 
 def nt_xent_in_loops(a, b, tau, weight):
-    """The formula image by image, over 2 B views: sum_i w_i l_i / sum_i w_i."""
+    """The formula image by image, over 2 B views: image k counts by its weight, also in the sum."""
     views = [v / v.norm() for v in (*a, *b)]
+    w = [*weight, *weight]
     total = 0.0
     for i, one in enumerate(views):
         partner = views[(i + len(a)) % len(views)]
-        others = sum((one @ views[k] / tau).exp() for k in range(len(views)) if k != i)
-        total += weight[i % len(a)] * -((one @ partner / tau).exp() / others).log()
-    return total / (2 * weight.sum())
+        others = sum(w[k] * (one @ views[k] / tau).exp() for k in range(len(views)) if k != i)
+        total += w[i] * -((one @ partner / tau).exp() / others).log()
+    return total / len(views)
 
 
 @pytest.mark.parametrize("below, nodes", [(None, [0, 1, 2, 3, 4, 5, 6]), (1, [0, 1, 3, 4])])
 def test_loss_is_exactly_its_weighted_parts(below, nodes):
     """-reconstruction + kl_weight * KLs + contrastive_weight * NT-Xent, of the nodes at `below`."""
     tree, x, view = make_tree((-1, 0, 0, 1, 1, 2, 2), contrastive=True), images(6), images(6, 2)
-    for i in (0, 1, 2):
-        tree.nodes[i].router_q.net[-1].weight.data *= 10  # decisions that differ
     d, d_view = tree.bottom_up_pass(x), tree.bottom_up_pass(view)
     loss, terms = seeded(tree.loss, x, 0.3, below, view, 2.0)
     visits = seeded(tree.walk, d, below)
@@ -363,7 +362,7 @@ def test_the_best_cut_of_a_graph():
     torch.manual_seed(0)
     radius = torch.where(torch.arange(300) < 200, 1.0, 3.0)  # one ring in another
     rings = torch.polar(radius, 2 * math.pi * torch.rand(300))
-    cut = treevae.normalized_cut(torch.view_as_real(rings))
+    cut = treevae.normalized_cut(torch.view_as_real(rings))[1]
     assert cut[:200].float().mean() in (0, 1) and (cut[200:] != cut[0]).all()
     points = torch.cat([torch.randn(7, 2), torch.randn(5, 2) + torch.tensor([2.5, 0.0])])
     graph = torch.zeros(12, 12)
@@ -377,10 +376,12 @@ def test_the_best_cut_of_a_graph():
         return left @ graph @ (1 - left) * (1 / volume + 1 / (graph.sum() - volume))
     every = torch.cartesian_prod(*[torch.arange(2)] * 12)
     best = min(cost(left) for left in every if 2 <= left.sum() <= 10)
-    assert_close(cost(treevae.normalized_cut(points, 4)), best)
-    skewed = torch.cat([torch.randn(95, 2) * 0.1, torch.randn(5, 2) * 0.1 + 9])
-    assert 15 <= treevae.normalized_cut(skewed).sum() <= 85  # 5 points alone are no leaf
-    assert treevae.normalized_cut(torch.rand(2, 3)).sum() == 1
+    found, left = treevae.normalized_cut(points, 4)
+    assert_close(cost(left), best)
+    assert found == pytest.approx(best.item())
+    skewed = torch.cat([torch.randn(80, 2) * 0.1, torch.randn(20, 2) * 0.1 + 9])
+    assert treevae.normalized_cut(skewed)[1].sum() in (20, 80)  # at least 15 are on each side
+    assert treevae.normalized_cut(torch.rand(2, 3))[1].sum() == 1
 
 
 @torch.no_grad()
@@ -391,8 +392,11 @@ def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
     features = seeded(torch.randn, 5003, 2)
     for n_points, n_voters in ((4, 7), (30, 5)):
         targets = seeded(treevae.cut_targets, features, n_points, n_voters)
-        points = features[seeded(torch.randperm, 5003)[:n_points]]
-        left = treevae.normalized_cut(points).tolist()
+        torch.manual_seed(5)  # as `seeded`
+        draws = [features[torch.randperm(5003)[:n_points]] for _ in range(3)]
+        costs = [treevae.normalized_cut(points)[0] for points in draws]
+        points = draws[costs.index(min(costs))]  # the cheapest of three cuts
+        left = treevae.normalized_cut(points)[1].tolist()
         for row in (0, 1, 2, 3, 4998, 5002):
             order = sorted(range(n_points), key=lambda k: (features[row] - points[k]).norm().item())
             near = [left[k] for k in order[:n_voters]]
