@@ -40,8 +40,8 @@ class Diffusion(nn.Module):
 
     # -- identities: any two of x_0, x_t, eps and v give the others -----------------------------
     def add_noise(self, x0, t, eps):
-        """A sample of q(x_t | x_0), eqs. (5), (24), with standard normal eps: as t steps of
-        x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise, eqs. (3), (4), (22), (23), would give.
+        """A sample of q(x_t | x_0), eqs. (5), (24), in one step, with standard normal eps: the same
+        distribution as t steps of eqs. (3), (4), (22), (23).
         """
         return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps
 
@@ -113,7 +113,7 @@ class Diffusion(nn.Module):
             # Denser where the image is nearly clean. It starts at 0.8 T, where sqrt(abar) = 0.04
             # (T = 1000): so little of an image that pure noise may stand for x_t.
             tau = 0.8 * self.timesteps * (i / steps) ** 2
-        tau = (tau - 1e-6).ceil().long()  # rounded up; 8.000000001 is 8
+        tau = (tau - 1e-6).ceil().long()  # rounded up, after 1e-6 for float error
         return (tau.unique() - 1).tolist()  # small ones may coincide
 
     @torch.no_grad()
@@ -151,11 +151,11 @@ class Diffusion(nn.Module):
 def eps_net(diffusion, unet, image=None):
     """eps_psi(x_t, t, y), as `Diffusion` takes it, of a U-Net that gives v.
 
-    image (B, C, H, W) in [-1, 1], the leaf's reconstruction: concatenated to x_t (section 4.1).
+    image (B, C, H, W) in [-1, 1], the leaf's reconstruction, is concatenated to x_t (DiffuseVAE).
     """
     # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^.
-    # That of a net that gives eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step,
-    # and small nets left it as noise in the black. Eq. (30) is then abar_t |v - v_psi|^2.
+    # That of a net that gives eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step:
+    # speckle on black grounds. The loss stays eq. (30), which equals abar_t |v - v_psi|^2.
     def net(xt, t, y):
         x = xt if image is None else torch.cat([xt, image], 1)  # (B, C + extra, H, W)
         return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, also where v is bfloat16
@@ -181,7 +181,7 @@ class GroupNorm(nn.GroupNorm):
     """Group norm over c channels that computes in its input's dtype."""
 
     def __init__(self, c):
-        # 8 channels a group: with one (instance norm) the net forgets how bright the image is
+        # at least 8 channels a group: with one (instance norm) the net forgets brightness
         super().__init__(math.gcd(32, c, max(1, c // 8)), c)
 
     def forward(self, x):

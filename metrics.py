@@ -207,7 +207,8 @@ def elbo_terms(run, ll_samples, seed):
 
 
 def denoising_loss(run, n, seed, parts=10):
-    """Eq. (30) of n test images given their paths: a mean over pixels and one t in each part."""
+    """Eq. (30) of n test images given their paths: a mean over pixels and over `parts` times t
+    an image, one in each tenth of 0..T-1."""
     T, images, total = run.diffusion.timesteps, run.data.test_images[:n], 0.0
     for k, x in enumerate(batches(run, "denoising loss", images)):
         torch.manual_seed(seed + k)  # runs on the same tree: the same paths, t and noise
@@ -241,7 +242,7 @@ def outputs(run, network, images):
     return torch.cat([network(x).float().cpu() for x in batches(run, "features", images)]).numpy()
 
 
-def leaf_entropies(run, images, leaves):
+def leaf_entropies(run, images, leaves, steps):
     """Table 2, Figure 5: the classes of each leaf's new images; draws leaf_classes.png."""
     classifier, scores, counts = load_classifier(run), {}, {}
     of_leaf = np.array(run.tree.leaves)[:, None] == leaves  # (L, n)
@@ -250,7 +251,7 @@ def leaf_entropies(run, images, leaves):
             classes = outputs(run, classifier, drawn).argmax(1)  # (n,)
             counts[who] = of_leaf @ np.eye(len(run.data.classes), dtype=int)[classes]
             scores[f"leaf_entropy_{who}"] = entropy(counts[who][of_leaf.any(1)]).mean()
-    sample.draw_leaf_classes(run, counts, run.folder / "leaf_classes.png")
+    sample.draw_leaf_classes(run, counts, run.folder / "leaf_classes.png", steps)
     return scores
 
 
@@ -272,7 +273,7 @@ def measure(folder, flags):
         networks |= load_inception(flags.inception_weights or "download")
     images, leaves = draw(run, n, steps, flags.seed) if networks else ({}, None)
     if run.data.classes:
-        result |= leaf_entropies(run, images, leaves)
+        result |= leaf_entropies(run, images, leaves, steps)
     for name, network in networks.items():  # Tables 1, 3: distances to all test images
         test = moments(outputs(run, network.to(device), run.data.test_images))
         for (what, who), drawn in images.items():
@@ -304,13 +305,13 @@ def table(results):
 
 def main(argv=None):
     """Measure each run; print all numbers side by side."""
-    parser = argparse.ArgumentParser(description="Every number of the papers. 0: the default.")
+    parser = argparse.ArgumentParser(description="Every number of the papers, of finished runs.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="run", help="such as runs/fashion")
     add("--data-root", help="default: the run's")
     add("--device", default="auto", help="cuda, mps or cpu")
-    add("--images", type=int, default=0, help="of each kind: 10000, or 200 of a --quick run")
-    add("--steps", type=int, default=0, help="of DDIM: 15 on a CPU, else 100")
+    add("--images", type=int, default=0, help="0: all test images, 10000 at most; 200 of --quick")
+    add("--steps", type=int, default=0, help="of DDIM; 0: 15 on a CPU, else 100")
     add("--inception-weights", metavar="FILE", help="for FID; on CUDA \"download\"")
     add("--ll-samples", type=int, default=0, help="for the bound on log p(x): none; papers: 1000")
     add("--seed", type=int, default=0)

@@ -23,7 +23,7 @@ SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 
 class PathEncoder(nn.Module):
-    """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: ids given out so far.
+    """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: with the pruned ones.
 
     ValueError for a signal that is not in SIGNALS.
     """
@@ -50,7 +50,7 @@ class PathEncoder(nn.Module):
             return None
         is_leaf = nodes == nodes.amax(1, keepdim=True)  # (B, D): ids rise along a path
         chosen = nodes >= 0 if self.signal == "path" else is_leaf
-        terms = 0.0  # then (B, D, emb_dim)
+        terms = 0.0  # becomes f_z(z_i) + f_id(i), (B, D, emb_dim)
         if self.f_z is not None:
             terms = terms + self.f_z(z.flatten(2))  # one vector a node
         if self.f_id is not None:

@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 import train
 from treevae import Path
 
-# One a class: Okabe and Ito's, which colour-blind eyes tell apart, and two more
+# Of the classes: Okabe and Ito's, which colour-blind eyes tell apart, and two more
 COLOURS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #000000 #999999 #8b5a2b".split()
 TITLES = "test images", "TreeVAE's decoder", "diffusion"
 
@@ -52,22 +52,22 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
 
 def paths_to_leaves(run, n, nodes=None):
     """n new paths of the prior to each leaf, or through each of `nodes`, in that order: a Path.
-    If too few come to a node, those follow that were most likely to: their z_0 suits it."""
-    tree, rows, columns = run.tree, [], []
+    Where fewer than n of the sampled paths pass a node, the most probable others fill up."""
+    tree, picked, leaf = run.tree, [], []
     z = tree.sample_latents(max(2048, 4 * n))  # {node: (pool, c, r, r)}
     probs = tree.prior_leaf_probs(z)  # (pool, n_leaves)
     sampled = probs.multinomial(1).squeeze(1)  # (pool,) the leaf of each path
     for node in nodes or tree.leaves:
         below = torch.tensor([node in tree.path_to(leaf) for leaf in tree.leaves]).to(probs.device)
         came = below[sampled]  # (pool,) bool
-        # Those that came lead, in their order; then the others, by P_p(node | z) <= 1
+        # 2 ranks the paths that passed first; the rest follow by P_p(node | z) <= 1
         score = (probs * below).sum(1).masked_fill(came, 2.0)
-        rows.append(score.argsort(descending=True, stable=True)[:n])
+        picked.append(score.argsort(descending=True, stable=True)[:n])
         # The others go to the most probable leaf below the node
         likely = probs.masked_fill(~below, -1).argmax(1)
-        columns.append(torch.where(came, sampled, likely)[rows[-1]])
-    z = {i: z_i[torch.cat(rows)] for i, z_i in z.items()}  # {node: (n * len(nodes), c, r, r)}
-    return tree.pick_path(z, torch.cat(columns))
+        leaf.append(torch.where(came, sampled, likely)[picked[-1]])
+    z = {i: z_i[torch.cat(picked)] for i, z_i in z.items()}  # {node: (n * len(nodes), c, r, r)}
+    return tree.pick_path(z, torch.cat(leaf))
 
 
 def one_root(run, steps, n=4):
@@ -149,7 +149,7 @@ def draw_tree(ax, parents, leaves, shares, images, title):
 
 def draw_leaf_classes(run, counts, file, steps=100, eta=0.0):
     """tree.png, Figure 5: three new images of each leaf, share of the test images, and the classes
-    of some images: counts {of which: (n_leaves, n_classes)}."""
+    of some images: counts {their name: (n_leaves, n_classes)}."""
     decoded, denoised = draw_images(run, paths_to_leaves(run, 3), steps, eta)  # 3 a leaf
     images = (decoded if denoised is None else denoised).unflatten(0, (-1, 3))
     figure, shares = Figure(), count_test_images(run).sum(1) / len(run.data.test_images)
@@ -237,8 +237,8 @@ def main(argv=None):
         print(f"wrote {folder}/node_{flags.node}.png")
         return
     names = [f"leaf {leaf}" for leaf in tree.leaves]
-    classes = {"": count_test_images(run)} if run.data.classes else {}
-    draw_leaf_classes(run, classes, folder / "tree.png", steps, eta)
+    counts = {"": count_test_images(run)} if run.data.classes else {}
+    draw_leaf_classes(run, counts, folder / "tree.png", steps, eta)
     images = draw_images(run, paths_to_leaves(run, n), steps, eta)
     draw_grids(folder / "leaves.png", images, n, rows=names)
     draw_grids(folder / "one_root.png", one_root(run, steps), len(names), heads=names, stacked=True)

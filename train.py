@@ -71,7 +71,7 @@ class Config:
     kl_start_later: float = 0.1       # the same in all other phases
     kl_per_epoch: float = 0.08        # what each epoch adds, up to 1
     contrastive: float = 100.0        # weight of NT-Xent in the initial phase; 0: none at all
-    contrastive_later: float = 0.1    # share of that weight when all parameters train again
+    contrastive_later: float = 0.1    # share of it later, but for splits along a cut: 0
     augmented_elbo: bool = False      # the ELBO, too, sees random views, as in the paper in colour
     cut: float = 30.0                 # weight that makes a new router follow the best cut; 0: none
     # stage 2
@@ -93,7 +93,7 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(unet_channels=64, dropout=0.1, diffusion_epochs=20, diffusion_batch_size=128,
+    "small": dict(unet_channels=64, dropout=0.1, diffusion_epochs=14, diffusion_batch_size=128,
                   warmup_steps=500),
     # Appendix D, and the authors' configuration files where it is silent
     "paper": dict(
@@ -155,9 +155,9 @@ def kl_weight(config, phase, epoch):
     return min(1.0, start + rate * epoch)
 
 
-def learning_rate(lr, decay, done, epoch=0):
-    """cosine: to 0 as `done` goes from 0 to 1; step: x0.1 every 100 epochs; or constant."""
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
+def learning_rate(lr, decay, progress, epoch=0):
+    """cosine: to 0 as `progress` goes from 0 to 1; step: x0.1 every 100 epochs; or constant."""
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return lr * dict(cosine=cosine, step=0.1 ** (epoch // 100), constant=1.0)[decay]
 
 
@@ -224,14 +224,14 @@ def load_arrays(config, kind):
 def load_files(config):
     """Omniglot, CelebA, or your own images: in a folder for each class or not, in train/ and test/
     or not, when a tenth is for testing."""
-    root, folder, crop = pathlib.Path(config.data_root), pathlib.Path(config.dataset), 10 ** 9
+    root, folder, box = pathlib.Path(config.data_root), pathlib.Path(config.dataset), None
     if config.dataset == "omniglot":
         for background in (True, False):
             datasets.Omniglot(root, background, download=True)
         folder = root / "omniglot-py"
     elif config.dataset == "celeba":
         datasets.CelebA(root, "all", download=True)
-        folder, crop = root / "celeba" / "img_align_celeba", 148       # of 178 x 218 pixels
+        folder, box = root / "celeba" / "img_align_celeba", (15, 40, 163, 188)
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     parts = [file.relative_to(folder).parts for file in files]         # ("test", "owl", "1.png")
@@ -244,8 +244,8 @@ def load_files(config):
         parts = [part[1:] for part in parts]
     images, side = [], None
     for file in files:
-        image = datasets.folder.default_loader(file)     # RGB
-        image = TF.center_crop(image, min(crop, *image.size))
+        image = datasets.folder.default_loader(file).crop(box)         # RGB; None: all of it
+        image = TF.center_crop(image, min(image.size))
         if side is None:                                 # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
@@ -255,6 +255,8 @@ def load_files(config):
     names = [part[0] if len(part) > 1 else "" for part in parts]
     classes, labels = np.unique(names, return_inverse=True)
     labels, classes = torch.from_numpy(labels), classes.tolist() if len(classes) > 1 else []
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(1))
+    images, labels, test = images[order], labels[order], test[order]   # not class by class
     return Data(images[~test], labels[~test], images[test], labels[test], classes)
 
 
@@ -313,7 +315,7 @@ DATASETS = {
     "cifar100": DataSet(lambda c: load_arrays(c, datasets.CIFAR100), dict(max_leaves=20),
                         PAPER_32 | dict(max_leaves=20)),
     "omniglot": DataSet(load_files, dict(max_leaves=5), dict(max_leaves=5), dict(flip=0.0)),
-    "celeba": DataSet(load_files, {}, PAPER_64, dict(        # the views are the paper's
+    "celeba": DataSet(load_files, {}, PAPER_64 | dict(diffusion_epochs=200), dict(
         scale=(0.75, 1.0), ratio=(0.8, 1.25), brightness=0.2, contrast=0.2, saturation=0.2,
         hue=0.0, grey=0.0))}
 OWN = DataSet(load_files, {}, PAPER_64)
@@ -452,20 +454,20 @@ def live(text, last=False):
 
 
 # == Training ======================================================================================
-# `state` is all that goes on after an interruption. What is random follows from the seed, the phase
-# and the epoch or step: no random state is kept, and a resumed run ends as if it had not stopped.
+# `state` is what a checkpoint keeps: phase, its number n_phases, epochs or steps `done`; of a split
+# node, rows (image indices), target (cut). Seeds follow from seed, phase and epoch: resume is exact
 
 def report(state, title, row, n_images, seconds, n_left):
     """Add a row to the log; redraw the live line: phase, time left, speed, and the row's terms."""
     state["seconds"] += seconds
     state["log"].append(dict(seconds=round(state["seconds"]), phase=state["phase"], **row))
-    left = time.strftime("%H:%M:%S", time.gmtime(n_left * seconds / n_images))
+    left = f"{n_left * seconds / n_images / 60:.0f} min"
     terms = "  ".join(f"{name} {row[name]:.4g}" for name in TERMS if name in row)
     live(f"{title}  {left} left  {n_images / seconds:.0f} images/s  {terms}", last=n_left == 0)
 
 
 def train_tree(config, state, tree, images, folder):
-    """Stage 1: initial, then grow (and intermediate) until the tree is full, prune, fine-tune."""
+    """Stage 1: initial, grow (and intermediate) until the tree is full, prune, finetune, prune."""
     while state["phase"] != "diffusion":
         train_phase(config, state, tree, images, folder)
         torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
@@ -500,8 +502,8 @@ def train_phase(config, state, tree, images, folder):
         if target is not None:
             targets = target[order].to(images.device).split(batch_size)
         for step in range(n_batches):
-            done = (epoch + step / n_batches) / n_epochs               # 0 .. 1
-            lr = learning_rate(1e-3, config.tree_lr_decay, done, epoch)
+            progress = (epoch + step / n_batches) / n_epochs           # 0 .. 1
+            lr = learning_rate(1e-3, config.tree_lr_decay, progress, epoch)
             optimizer.param_groups[0]["lr"] = lr
             x = images[batches[step]].float() / 255      # (B, C, H, W) in [0, 1]
             if target is None:
@@ -509,12 +511,12 @@ def train_phase(config, state, tree, images, folder):
                 if config.augmented_elbo:
                     x = random_view(x, views)
                 loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
-            else:                     # the cut leads in the first half, then the ELBO alone trains
+            else:                     # beyond the paper: the cut's weight falls to 0 by half-way
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
                 logit = next(v.logit_q for v in visits if v.node == node)
                 terms["cut"] = F.binary_cross_entropy_with_logits(logit, targets[step])
-                loss = loss + config.cut * max(0.0, 1 - 2 * done) * terms["cut"]
+                loss = loss + config.cut * max(0.0, 1 - 2 * progress) * terms["cut"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -539,12 +541,12 @@ def next_phase(config, state, tree, images):
                  target=None, note="")
     if ended == "initial" and guided and len(tree.leaves) == 2:
         # beyond the paper: the root's routers and children train again, along the best cut
-        split = 0, probs[:, 0] >= 0
+        split = 0, torch.ones(len(images), dtype=torch.bool, device=images.device)
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune":
         sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-        n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())       # that pruning will leave
+        n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())       # if pruned now
         if n_leaves < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:
             least = batch_size_for(images, config.tree_batch_size)     # of the images
             split = tree.next_split(probs, least, hard=guided)
@@ -560,7 +562,7 @@ def next_phase(config, state, tree, images):
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
     pruned = []                       # until no leaf has too few images, and there are not too many
     while len(tree.leaves) > 1:
-        share = MIN_SHARE if len(tree.leaves) <= config.max_leaves else 1.0
+        share = MIN_SHARE if len(tree.leaves) <= config.max_leaves else 1.0    # the smallest goes
         leaf = tree.next_prune(leaf_probs(tree, images), share)
         if leaf is None:
             break
@@ -613,7 +615,7 @@ def train_diffusion(config, state, tree, images, folder):
         batches = zip(*[part.split(batch_size) for part in parts])
         for step, (x0, z, nodes) in enumerate(batches, first):
             lr = learning_rate(config.diffusion_lr, config.diffusion_lr_decay, step / n_steps)
-            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / config.warmup_steps)
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / max(1, config.warmup_steps))
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
                 loss = diffusion.loss(net, x0, y)        # eq. (30)
@@ -623,7 +625,9 @@ def train_diffusion(config, state, tree, images, folder):
             optimizer.step()
             # 0.9999 from the first step on would keep the random weights for some 50,000 steps
             decay = min(config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), 1 - decay)
+            with torch.no_grad():
+                means, weights = list(average.parameters()), list(networks.parameters())
+                torch._foreach_lerp_(means, weights, 1 - decay)
             total = total + loss.detach()
         row = dict(step=last, loss=round(total.item() / (last - first), 6))
         report(state, f"diffusion {last}/{n_steps}", row, len(rows), time.monotonic() - began,
@@ -658,6 +662,8 @@ def begin(argv):
                  target=None, tree=None, optimizer=None, log=[], frames=[],
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:                   # stage 2 alone, on the tree and with the settings of a run
+        if quick or "preset" in typed:
+            fail("--tree takes the settings of that run: leave out --preset and --quick")
         config = load_file(config.tree, "config.json")
         config = Config(**(asdict(config) | dict(out="") | typed))
         saved = load_file(config.tree, "tree.pt")
@@ -684,8 +690,9 @@ def main(argv=None):
     if state["tree"] is not None:
         tree.load_state_dict(state["tree"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
     save_state(folder, state)         # so that --resume goes on from the first epoch, too
+    settings = json.dumps(asdict(config), indent=1).encode()
+    replace_file(folder / "config.json", lambda file: file.write(settings))
     print(f"{config.dataset}: {len(data.images)} images {tree.image_shape}; preset {config.preset} "
           f"on {device}, {HOW_LONG[config.preset]}; into {folder}")
     images = data.images.to(device)

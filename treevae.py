@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 PRUNED = -2         # stands for the parent of a node that was pruned
-VAR_FLOOR = 1e-7    # where q and p agree, KL = 0 at any common variance, and nothing else keeps
-#                     both from shrinking until float32 ends in NaN
-MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # an image's side / 4, and halves
+VAR_FLOOR = 1e-7    # where q = p, KL is 0 at any variance: without a floor both may shrink, to NaN
+MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # side / 4, then halved, up, to 4
 
 
 class Gaussian(NamedTuple):
@@ -310,7 +309,7 @@ class TreeVAE(nn.Module):
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:  # parents before children
             path = self.path_to(i)
-            if below is not None and below not in path and i not in self.path_to(below):
+            if below is not None and not (below in path or i in self.path_to(below)):
                 continue
             node, d_i = self.nodes[i], d[len(path) - 1]
             q = node.evidence(d_i)  # eqs. (13), (14), and at the root (16)
@@ -335,8 +334,7 @@ class TreeVAE(nn.Module):
         out = self.nodes[leaf].decoder(z).float()
         if self.likelihood == "gaussian":
             return Gaussian(out, torch.ones_like(out)).log_prob(x)  # sigma = 1
-        # x log mu + (1 - x) log(1 - mu), mu = sigmoid(out)
-        return (x * out - F.softplus(out)).flatten(1).sum(1)
+        return (x * out - F.softplus(out)).flatten(1).sum(1)  # mu = sigmoid(out), in log space
 
     def elbo(self, x, visits=None):
         """L(x | T) and its terms by one `walk`, eq. (21): {name: (B,)} in nats."""
@@ -364,8 +362,8 @@ class TreeVAE(nn.Module):
     def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, visits=None):
         """What training minimises: a scalar in nats an image, and {name: scalar} of its parts.
         -E[log p(x | z)] + kl_weight * (the three KL), eq. (21), with a view of the images
-        + contrastive_weight * `contrastive_loss`. below: the terms on the path to this node and
-        under it, all that its split changes. "P_3" is the mean P(l; c) of leaf 3.
+        + contrastive_weight * `contrastive_loss`. below: the terms under this node; those of the
+        path to it are frozen, constants. "P_3" is the mean P(l; c) of leaf 3.
         """
         if visits is None:
             d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
@@ -445,9 +443,9 @@ class TreeVAE(nn.Module):
         nodes = torch.full((len(leaf), length), -1, device=leaf.device)
         for column, l in enumerate(self.leaves):
             mine = leaf == column  # (B,)
-            for h, i in enumerate(self.path_to(l)):
-                path_z[:, h] = torch.where(mine[:, None, None, None], z[i], path_z[:, h])
-                nodes[:, h] = torch.where(mine, i, nodes[:, h])
+            for k, i in enumerate(self.path_to(l)):
+                path_z[:, k] = torch.where(mine[:, None, None, None], z[i], path_z[:, k])
+                nodes[:, k] = torch.where(mine, i, nodes[:, k])
         return Path(path_z, nodes)
 
     def infer_path(self, x, leaf=None):
@@ -542,18 +540,19 @@ def nt_xent(a, b, temperature, log_weight):
     log_w = torch.cat([log_weight, log_weight], 1)  # (K, 2B)
     itself = torch.eye(n_views, dtype=torch.bool, device=a.device)
     similarity = (views @ views.mT / temperature).masked_fill(itself, -math.inf)  # (K, 2B, 2B)
-    # Which of the other views is mine? A classification, whose answer is i' = i + B or i - B
+    # Which other view is mine? Cross-entropy with answer i' = i + B or i - B. As w_i' = w_i, adding
+    # log_w takes it out of the numerator again, and leaves w_k in the denominator
     partner = torch.arange(n_views, device=a.device).roll(n_views // 2)
     logits = (similarity + log_w[:, None]).flatten(0, 1)
     l = F.cross_entropy(logits, partner.repeat(K), reduction="none").view(K, n_views) + log_w
-    # Without w_k a deep router would be content with telling its images from those that never come
-    # to it, and send all its own one way: on Fashion-MNIST three of ten leaves died
+    # Without w_k a deep router is content with telling its images from those that never come to
+    # it, and sends all its own one way: on Fashion-MNIST three of ten leaves died
     return (log_w.exp() * l).mean(1)
 
 
 # == Beyond the paper ====================
 # A fresh router has only the ELBO to go by, and settles for whatever split comes first. Here it
-# first follows the best cut of its images' features, which the contrast has made invariant to crops.
+# first follows the best cut of its images' features, made invariant to crops by the contrast.
 
 @torch.no_grad()
 def cut_features(tree, x):
@@ -588,10 +587,10 @@ def normalized_cut(points, neighbours=15, least=0.15):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T  # an edge counts twice where both say so
     degree = graph.sum(1)  # (N,)
-    # The second eigenvector of the normalised Laplacian 1 - D^-1/2 W D^-1/2, divided by the root of
-    # the degrees, puts the points in the order in which to try cuts
-    normalised = graph / (degree[:, None] * degree).sqrt()
-    second = torch.linalg.eigh(normalised).eigenvectors[:, -2] / degree.sqrt()
+    # D^-1/2 W D^-1/2 has the normalised Laplacian's eigenvectors, in reverse order: [-2] is its
+    # second. Over the root of the degrees, it gives the order in which to try cuts
+    affinity = graph / (degree[:, None] * degree).sqrt()
+    second = torch.linalg.eigh(affinity).eigenvectors[:, -2] / degree.sqrt()
     order = second.argsort()
     graph = graph[order][:, order]
     volume = degree[order].cumsum(0)  # vol(A), A the first 1, 2, ... points

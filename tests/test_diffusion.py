@@ -26,12 +26,11 @@ def randomised(module):                                                  # no pa
 
 
 def some_eps(x, t, y):                                                   # far out of [-1, 1]
-    return torch.sin(3 * x + t.view(-1, 1, 1, 1)) * 1.5
+    return torch.sin(3 * x + t.view(-1, 1, 1, 1) + y) * 1.5
 
 
 def test_the_jump_is_the_chain():
     diffusion, mean, var = Diffusion(200, 1e-3, 0.05), 1.0, 0.0
-    assert not diffusion.state_dict()
     for t in range(200):
         beta = 1e-3 + (0.05 - 1e-3) * t / 199
         mean, var = math.sqrt(1 - beta) * mean, (1 - beta) * var + beta  # eq. (4); then (5)
@@ -43,9 +42,8 @@ def test_the_jump_is_the_chain():
 def test_the_posterior_is_bayes_rule_on_a_grid(t):                       # eqs. (25), (26)
     x0, xt = 0.6, 0.1 if t > 100 else 0.55
     grid = torch.linspace(-6, 6, 600_001, dtype=torch.float64)
-    log_density = (-(xt - (1 - BETA[t]).sqrt() * grid)**2 / (2 * BETA[t])
-                   - (grid - ABAR[t - 1].sqrt() * x0)**2 / (2 * (1 - ABAR[t - 1])))
-    density = log_density.softmax(-1)                                    # sums to 1
+    density = (-(xt - (1 - BETA[t]).sqrt() * grid)**2 / (2 * BETA[t])
+               - (grid - ABAR[t - 1].sqrt() * x0)**2 / (2 * (1 - ABAR[t - 1]))).softmax(-1)
     mean = (density * grid).sum()
     mu, var = Diffusion().posterior(x0, xt, [t])
     assert mu.item() == pytest.approx(mean.item(), rel=1e-4)
@@ -69,8 +67,8 @@ def test_the_loss_is_l_simple_over_every_time_with_standard_noise():
     t, asked = torch.tensor([0, 5, 100, 400, 800, 999]), []
     x0, eps = torch.randn(2, 6, 1, 4, 4)
     xt = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
-    expected = (eps - some_eps(xt, t, None)).square().mean().item()      # eq. (30)
-    assert Diffusion().loss(some_eps, x0, None, t, eps).item() == pytest.approx(expected, rel=1e-3)
+    expected = (eps - some_eps(xt, t, 0.5)).square().mean().item()      # eq. (30)
+    assert Diffusion().loss(some_eps, x0, 0.5, t, eps).item() == pytest.approx(expected, rel=1e-3)
     diffusion = Diffusion(5, 0.1, 0.9)
     diffusion.loss(lambda *args: asked.append(args) or args[0], torch.zeros(5000, 1, 2, 2), "y")
     xt, t, y = asked[0]
@@ -84,11 +82,11 @@ def test_ddim_is_eq_12_of_its_paper(eta, clip):
     x_T, seen, times = 2 * torch.randn(4, 1, 4, 4), [], [99, 66, 33]
     diffusion = Diffusion(100, 1e-4, BETA[99].item())                    # the first 100 betas
     torch.manual_seed(3)
-    out = diffusion.ddim_sample(some_eps, x_T.shape, None, 3, eta, "linear", x_T, clip, seen)
+    out = diffusion.ddim_sample(some_eps, x_T.shape, 0.5, 3, eta, "linear", x_T, clip, seen)
     assert [jump[0] for jump in seen] == times and seen[0][1] is x_T and out is seen[2][2]
     torch.manual_seed(3)
     for k, (t, x, x0) in enumerate(seen):
-        eps = some_eps(x, torch.full((4,), t), None)
+        eps = some_eps(x, torch.full((4,), t), 0.5)
         guess = (x - (1 - ABAR[t]).sqrt() * eps) / ABAR[t].sqrt()
         guess = guess.clamp(-1, 1) if clip else guess
         assert torch.allclose(x0.double(), guess, atol=1e-4)
@@ -100,34 +98,18 @@ def test_ddim_is_eq_12_of_its_paper(eta, clip):
             assert torch.allclose(seen[k + 1][1].double(), x, atol=1e-4)
 
 
-def test_ddim_with_eta_one_over_all_steps_is_ddpm():
-    diffusion, shape, x_T = Diffusion(30, 0.01, 0.3), (3, 1, 4, 4), 2 * torch.randn(3, 1, 4, 4)
-    torch.manual_seed(1)
-    ddim = diffusion.ddim_sample(some_eps, shape, None, 30, 1.0, "linear", x_T)
-    torch.manual_seed(1)
-    ddpm = diffusion.ddpm_sample(some_eps, shape, None, x_T)             # both of them clip x0^
-    assert torch.allclose(ddim, ddpm, rtol=1e-2, atol=1e-3)
-
-
-def test_sigma_of_ddpm_where_eps_is_0_and_its_last_step_adds_no_noise():
-    x_T, diffusion = torch.randn(4, 1, 4, 4), Diffusion(2, 0.2, 0.6)     # the other: by DDIM, above
+@pytest.mark.parametrize("variance, table, clip", [
+    ("posterior", "beta_tilde", True), ("beta", "beta", False)])
+def test_ddpm_is_eq_27(variance, table, clip):
+    diffusion, x = Diffusion(5, 0.1, 0.5), torch.randn(4, 1, 4, 4, requires_grad=True)
     torch.manual_seed(3)
-    x_1 = x_T / math.sqrt(0.4) + math.sqrt(0.6) * torch.randn_like(x_T)
+    out = diffusion.ddpm_sample(some_eps, x.shape, 0.5, x, variance, clip)
     torch.manual_seed(3)
-    out = diffusion.ddpm_sample(lambda x, t, y: 0 * x, x_T.shape, None, x_T, "beta", False)
-    assert torch.allclose(out, x_1 / math.sqrt(0.8), atol=1e-5)
-
-
-@pytest.mark.parametrize("name, settings", [
-    ("ddim_sample", {"steps": 1000, "spacing": "linear"}), ("ddpm_sample", {"variance": "beta"})])
-def test_samplers_with_the_exact_eps_return_the_gaussian(name, settings):
-    left = list(range(1000))
-    def exact_eps(x, t, y):                                              # x_0 ~ N(0.3, 0.04)
-        assert t.tolist() == [left.pop()] * 100 and t.dtype == torch.long and y == "y"
-        abar = ABAR[t[0]].item()
-        return math.sqrt(1 - abar) * (x - math.sqrt(abar) * 0.3) / (abar * 0.04 + 1 - abar)
-    x = getattr(Diffusion(), name)(exact_eps, (100, 1, 10, 10), "y", clip=False, **settings)
-    assert abs(x.mean() - 0.3) < 0.01 and abs(x.std() - 0.2) < 0.01 and not left
+    for t in torch.arange(5).flip(0).view(5, 1).expand(5, 4):
+        x0 = diffusion.predict_x0(x, some_eps(x, t, 0.5), t)
+        mean, _ = diffusion.posterior(x0.clamp(-1, 1) if clip else x0, x, t)
+        x = mean + getattr(diffusion, table)[t].sqrt() * torch.randn_like(x)
+    assert torch.allclose(out, mean, atol=1e-4) and not out.requires_grad    # no noise at the end
 
 
 def test_a_sample_is_a_function_of_x_T_unless_noise_is_added():
@@ -136,95 +118,75 @@ def test_a_sample_is_a_function_of_x_T_unless_noise_is_added():
     one, two = [Diffusion().ddim_sample(net, (4, 1, 8, 8), seen=seen) for _ in range(2)]
     again = Diffusion().ddim_sample(net, one.shape, x_T=seen[0][1])      # no noise by default
     assert torch.equal(again, one) and not torch.equal(two, one)
-    images = torch.stack([one, Diffusion().ddpm_sample(net, one.shape)])
-    assert images.abs().max() <= 1 and not images.requires_grad
+    assert one.abs().max() <= 1 and not one.requires_grad
     assert [jump[0] for jump in seen] == 2 * times(100)[::-1]            # by default, too
     assert times(10) == [7, 31, 71, 127, 199, 287, 391, 511, 647, 799]   # 0.8 T (1/10)^2 = 8
     assert times(1000)[:3] == [0, 1, 2] and times(3, "linear") == [333, 666, 999]
 
 
 def test_wrong_settings_are_named():
-    for word, call in (
-            ("8", lambda: Diffusion(8).ddim_times(0)), ("8", lambda: Diffusion(8).ddim_times(9)),
-            ("spacing", lambda: Diffusion().ddim_times(5, "cubic")),
-            ("eta", lambda: Diffusion().ddim_sample(None, (1, 1, 4, 4), eta=1.5)),
-            ("variance", lambda: Diffusion().ddpm_sample(None, (1, 1, 4, 4), variance="best")),
-            (r"14.*\[32, 16, 8, 4\]", lambda: UNet((1, 28, 28), 8, attention=(14,))),
-            ("odd", lambda: UNet((1, 7, 7), 8, (1, 2), attention=())),
-            ("signal", lambda: PathEncoder((2, 1, 1), 3, 8, signal="root"))):
+    diffusion, shape, times = Diffusion(8), (1, 1, 4, 4), Diffusion(8).ddim_times
+    for word, call, *settings in (
+            ("8", times, 0), ("8", times, 9), ("spacing", times, 5, "cubic"),
+            ("eta", diffusion.ddim_sample, None, shape, None, 5, 1.5),
+            ("variance", diffusion.ddpm_sample, None, shape, None, None, "best"),
+            (r"14.*\[32, 16, 8, 4\]", UNet, (1, 28, 28), 8, (1, 2, 2, 2), 2, (14,)),
+            ("odd", UNet, (1, 7, 7), 8, (1, 2), 2, ()),
+            ("signal", PathEncoder, (2, 1, 1), 3, 8, "root")):
         with pytest.raises(ValueError, match=word):
-            call()
+            call(*settings)
 
 
 def test_time_features_are_sinusoids_and_y_is_added_to_their_embedding():
     features = time_features(torch.arange(1000), 16)
     angles = torch.arange(1000)[:, None] * 10000 ** (-torch.arange(8, dtype=torch.float64) / 8)
     assert torch.allclose(features.double(), torch.cat([angles.cos(), angles.sin()], 1), atol=1e-3)
-    unet = randomised(UNet((1, 8, 8), 8, (1, 2), 1, ()))
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([500, 900])
+    unet = randomised(UNet((1, 8, 8), 8, (1, 2), 1, (), extra=1))
+    t, (x, image) = torch.tensor([500, 900]), torch.randn(2, 2, 1, 8, 8)
     y = unet.time(time_features(t - 1, 8)) - unet.time(time_features(t, 8))
-    assert torch.allclose(unet(x, t, y), unet(x, t - 1), atol=1e-5) and y.shape == (2, unet.emb_dim)
-
-
-def test_attention_is_softmax_of_q_k_over_positions():
-    layer, x = Attention(128), torch.randn(2, 128, 3, 4)
-    assert torch.equal(layer(x), x)                                      # the identity at first
-    randomised(layer)
-    normed = F.group_norm(x, 16, layer.norm.weight, layer.norm.bias)     # 8 channels a group
-    q, k, v = layer.qkv(normed).view(2, 3, 2, 64, 12).unbind(1)          # two heads
-    weights = (q.transpose(2, 3) @ k / 8).softmax(-1)                    # (2, 2, from, to)
-    by_hand = x + layer.out((v @ weights.transpose(2, 3)).view(x.shape))
-    assert torch.allclose(layer(x), by_hand, atol=1e-4)
-    assert [GroupNorm(c).num_groups for c in (4, 8, 64, 512)] == [1, 1, 8, 32]
+    v = unet(torch.cat([x, image], 1), t - 1)
+    eps = eps_net(Diffusion(), unet, image)(x, t, y)
+    assert torch.allclose(eps, Diffusion().eps_from_v(x, v, t), atol=1e-5)
 
 
 def test_a_residual_block_scales_and_shifts_after_its_second_norm():
-    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 6)
-    assert torch.equal(ResBlock(8, 8, 6, 0.5, attend=True)(x, emb), x)   # the identity at first
-    block = randomised(ResBlock(8, 16, 6, 0.5, attend=False))
-    scale, shift = block.scale_shift[1](F.silu(emb)).view(2, 2, 16, 1, 1).unbind(1)
+    x, emb = torch.randn(2, 64, 3, 4), torch.randn(2, 6)
+    assert torch.equal(ResBlock(64, 64, 6, 0.5, attend=True)(x, emb), x)     # identity at first
+    block = randomised(ResBlock(64, 128, 6, 0.5, attend=True))
+    scale, shift = block.scale_shift[1](F.silu(emb)).view(2, 2, 128, 1, 1).unbind(1)
     h = block.norm2(block.conv1(F.silu(block.norm1(x))))
-    h = block.conv2(F.silu(h + h * scale + shift))
-    assert torch.allclose(block(x, emb), block.skip(x) + h, atol=1e-5)
-    assert not torch.allclose(block.train()(x, emb), block.skip(x) + h, atol=0.1)   # dropout
+    h = block.skip(x) + block.conv2(F.silu(h + h * scale + shift))
+    layer = block.attention                                              # over positions
+    normed = F.group_norm(h, 16, layer.norm.weight, layer.norm.bias)     # 8 channels a group
+    q, k, v = layer.qkv(normed).view(2, 3, 2, 64, 12).unbind(1)          # two heads
+    weights = (q.transpose(2, 3) @ k / 8).softmax(-1)                    # (2, 2, from, to)
+    h = h + layer.out((v @ weights.transpose(2, 3)).view(h.shape))
+    assert torch.allclose(block(x, emb), h, rtol=1e-3, atol=1e-2)
+    assert not torch.allclose(block.train()(x, emb), h, rtol=0.1, atol=1)    # dropout
+    assert [GroupNorm(c).num_groups for c in (4, 8, 64, 512)] == [1, 1, 8, 32]
 
 
-@pytest.mark.parametrize("shape, multipliers, attention, expected", [
-    ((1, 28, 28), (1, 2, 2, 2), (16,), [16, 4, 16, 16]), ((1, 28, 28), (1, 2, 2), (), [7]),
-    ((3, 64, 64), (1, 2, 2, 2, 4), (16, 8), [16, 8, 4, 8, 8, 16, 16])])
-def test_the_unet_starts_at_v_0_and_attends_where_asked(shape, multipliers, attention, expected):
-    unet, sides, diffusion = UNet(shape, 8, multipliers, 1, attention, 0.2), [], Diffusion()
+def test_the_unet_starts_at_v_0_and_attends_where_asked():
+    unet, sides = UNet((3, 64, 64), 8, (1, 2, 2, 2, 4), 1, (16, 8), 0.2), []
     for layer in unet.modules():
         if isinstance(layer, Attention):
             layer.register_forward_hook(lambda layer, inputs, out: sides.append(out.shape[-1]))
         assert not isinstance(layer, torch.nn.Dropout) or layer.p == 0.2
-    x, t = torch.randn(2, *shape), torch.tensor([3, 900])
-    eps = eps_net(diffusion, unet)(x, t, None)
-    assert torch.allclose(eps, (1 - ABAR[t]).sqrt().float() * x) and sides == expected
+    v = unet(torch.randn(2, 3, 64, 64), torch.tensor([3, 900]))
+    assert not v.any() and v.shape == (2, 3, 64, 64) and sides == [16, 8, 4, 8, 8, 16, 16]
 
 
 def test_skip_connections_come_back_latest_first_and_padding_is_cut_in_place():
-    unet, down, up = randomised(UNet((1, 28, 28), 8, (1, 2, 3, 2), 2, ())), [], []
-    x = torch.randn(2, 1, 28, 28)
+    unet, down, up, x = randomised(UNet((1, 28, 28))), [], [], torch.randn(2, 1, 28, 28)
+    assert sum(p.numel() for p in unet.parameters()) == 9_259_713 + 5 * 66_304  # 5 attend
     for layer in unet.down:
         layer.register_forward_hook(lambda layer, inputs, out: down.append((inputs[0], out)))
     for block in [layer for layer in unet.up if isinstance(layer, ResBlock)]:
         block.register_forward_hook(lambda block, inputs, out: up.append(inputs[0]))
     unet.last.register_forward_hook(lambda layer, inputs, out: down[0][0])   # the padded image
-    assert torch.equal(unet(x, torch.tensor([1, 2])), x)
-    assert torch.equal(down[0][0], F.pad(x, [2] * 4))
+    assert torch.equal(unet(x, torch.ones(2)), x) and torch.equal(down[0][0], F.pad(x, [2] * 4))
     for h, (_, skip) in zip(up, down[::-1], strict=True):
         assert h.shape[1] > skip.shape[1] and torch.equal(h[:, -skip.shape[1]:], skip)
-
-
-def test_the_size_of_appendix_d_and_a_reconstruction_concatenated_to_the_input():
-    for attention, layers in (((), 0), ((16,), 5)):                      # layers of attention at 16
-        size = sum(p.numel() for p in UNet((1, 28, 28), attention=attention).parameters())
-        assert size == 9_259_713 + layers * (4 * 128 * 129 + 256)
-    diffusion, t, (x, image) = Diffusion(), torch.tensor([5, 700]), torch.randn(2, 2, 1, 8, 8)
-    eps = eps_net(diffusion, lambda x, t, y: x[:, 1:] + y, image)(x, t, 0.5)
-    v = UNet((1, 8, 8), 8, (1, 2), 1, (), extra=1)(torch.cat([x, image], 1), t)
-    assert torch.equal(eps, diffusion.eps_from_v(x, image + 0.5, t)) and v.shape == x.shape
 
 
 class Watch(TorchDispatchMode):              # no .item(), no bool(), no tensor made of a number
@@ -233,16 +195,15 @@ class Watch(TorchDispatchMode):              # no .item(), no bool(), no tensor 
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
-def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16(signal):
+def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16():
     unet, nodes, dtypes = UNet((1, 8, 8), 8, (1, 2), 1, ()), torch.tensor([[0, 1], [0, -1]]), []
-    encoder, net = PathEncoder((2, 1, 1), 2, unet.emb_dim, signal), eps_net(Diffusion(), unet)
+    encoder, net = PathEncoder((2, 1, 1), 2, unet.emb_dim), eps_net(Diffusion(), unet)
     unet.last[0].register_forward_hook(lambda layer, inputs, out: dtypes.append(out.dtype))
     with Watch(), torch.autocast("cpu", torch.bfloat16):
         y = encoder(torch.zeros(2, 2, 2, 1, 1), nodes)
         loss = Diffusion().loss(net, torch.zeros(2, 1, 8, 8), y)
         loss.backward()
-    assert (dtypes, loss.dtype, y is None) == ([torch.bfloat16], torch.float32, signal == "none")
+    assert dtypes == [torch.bfloat16] and loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("signal", SIGNALS[:-1])
@@ -250,13 +211,10 @@ def test_y_is_the_sum_over_what_the_signal_names(signal):                # secti
     encoder, z = PathEncoder((2, 3, 3), 7, 16, signal), torch.randn(3, 3, 2, 3, 3)
     nodes = torch.tensor([[0, 1, 4], [0, 2, 6], [0, 2, -1]])
     y, by_hand = encoder(z, nodes), torch.zeros(3, 16)
-    for row, depth in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)):
-        if signal == "path" or (row, depth) in ((0, 2), (1, 2), (2, 1)):
-            if signal != "leaf-index":
-                by_hand[row] += encoder.f_z(z[row, depth].flatten())
-            if signal != "leaf-latent":
-                by_hand[row] += encoder.f_id(nodes[row, depth])
+    chosen = nodes >= 0 if signal == "path" else nodes == torch.tensor([[4], [6], [2]])
+    for row, depth in chosen.nonzero().tolist():
+        if signal != "leaf-index":
+            by_hand[row] += encoder.f_z(z[row, depth].flatten())
+        if signal != "leaf-latent":
+            by_hand[row] += encoder.f_id(nodes[row, depth])
     assert torch.allclose(y, by_hand, atol=1e-5) and by_hand.abs().max() > 0.1
-    z, nodes = torch.cat([z, torch.randn(3, 2, 2, 3, 3)], 1), F.pad(nodes, [0, 2], value=-1)
-    assert torch.allclose(encoder(z.flip(1), nodes.flip(1)), y, atol=1e-6)
-    assert len(list(encoder.parameters())) == {"path": 7, "leaf": 7, "leaf-index": 3}.get(signal, 4)

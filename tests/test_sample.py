@@ -31,13 +31,11 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Records a function's calls: calls(module, name) -> [(args, kwargs, result)]."""
+    """calls(module, name): from now on, a function's calls: [(args, kwargs, result)]."""
     def watch(module, name):
         real, seen = getattr(module, name), []
-        def watched(*args, **kwargs):
-            seen.append((args, kwargs, real(*args, **kwargs)))
-            return seen[-1][2]
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: seen.append(
+            (args, kwargs, real(*args, **kwargs))) or seen[-1][2])
         return seen
     return watch
 
@@ -65,25 +63,20 @@ def test_paths_are_the_first_that_come_to_a_leaf(run, calls):
     assert torch.equal(path.z[:5, 0], z[0][z_0 > 0][:5])
     others = path.z[5:, 0, 0, 0, 0].tolist()                   # of leaves 3 and 4, no row twice
     assert len(set(others)) == 10 and set(others) <= set(z_0[z_0 < 0][:30].tolist())
-    sample.paths_to_leaves(run, 1000)
-    assert pool[1][0] == (4000,)
-
-
-def test_paths_through_a_node(run, calls):
-    pool = calls(run.tree, "sample_latents")
-    path = sample.paths_to_leaves(run, 40, [2])
-    z_0 = pool[0][2][0]
-    assert torch.equal(path.z[:, 0], z_0[z_0[:, 0, 0, 0] < 0][:40])
-    assert (path.nodes[:, 1] == 2).all() and 10 < (path.nodes[:, 2] == 3).sum() < 30     # a coin
-    run.tree.nodes[0].router_p.forward = lambda z: z[:, 0, 0, 0] + 40          # none comes there
-    run.tree.nodes[2].router_p.forward = lambda z: 50 * z[:, 0, 0, 0]
-    path = sample.paths_to_leaves(run, 40, [2])
+    through = sample.paths_to_leaves(run, 40, [2])
     z_0 = pool[1][2][0]
-    assert torch.equal(path.z[:, 0], z_0[(-z_0[:, 0, 0, 0]).topk(40).indices])
+    assert torch.equal(through.z[:, 0], z_0[z_0[:, 0, 0, 0] < 0][:40])
+    assert (through.nodes[:, 1] == 2).all() and 10 < (through.nodes[:, 2] == 3).sum() < 30
+    run.tree.nodes[0].router_p.forward = lambda z: z[:, 0, 0, 0] + 40          # none comes to 2
+    run.tree.nodes[2].router_p.forward = lambda z: 50 * z[:, 0, 0, 0]
+    path = sample.paths_to_leaves(run, 1000, [2])
+    (n,), _, z = pool[2]
+    assert n == 4000
+    assert torch.equal(path.z[:, 0], z[0][(-z[0][:, 0, 0, 0]).topk(1000).indices])
     assert torch.equal(path.nodes[:, 2] == 3, path.z[:, 1, 0, 0, 0] > 0)       # the likely leaf
 
 
-def test_one_root_shares_noise_and_the_z_of_shared_nodes(run, calls):
+def test_one_root_shares_noise_and_the_z_of_shared_nodes(run, monkeypatch, calls):
     drawn = calls(sample, "draw_images")
     sample.one_root(run, 2)
     (_, path, steps, eta, x_T), _, _ = drawn[0]
@@ -92,13 +85,9 @@ def test_one_root_shares_noise_and_the_z_of_shared_nodes(run, calls):
     for shared in (x_T, z[:, :, 0], z[:, 1:, 1]):              # z_0 by all, z_2 by leaves 3 and 4
         assert torch.equal(shared, shared[:, :1].expand_as(shared))
         assert len(shared.flatten(0, 1).unique(dim=0)) == 4
-
-
-def test_denoising_shows_what_ddim_saw(run, monkeypatch, calls):
     monkeypatch.setattr(train, "rows_at_once", lambda image_shape: 2)
-    drawn = calls(sample, "draw_images")
     images, times = sample.denoising(run, 25, 0.0)
-    (_, path, steps, _), kwargs, result = drawn[0]
+    (_, path, steps, _), kwargs, result = drawn[1]  # what DDIM saw
     assert times == [t + 1 for t in run.diffusion.ddim_times(25)][::-2]
     assert (steps, images.shape[1]) == (25, 14) and len(sample.denoising(run, 2, 0.0)[1]) == 2
     assert path.nodes.amax(1).tolist() == [1, 3, 4] and torch.equal(images[:, -1], result[1])
@@ -126,10 +115,9 @@ def test_tree_png_has_the_shares_and_classes_of_the_test_images(run, monkeypatch
 def test_grids_are_laid_out_row_by_row(run, calls):
     figures = calls(sample, "save_figure")
     images = torch.rand(2, 6, 1, 1, 1).expand(-1, -1, -1, 28, 28)
-    for stacked in (False, True):
-        sample.draw_grids(run.folder / "a.png", (*images, None), 3, rows="rs", stacked=stacked)
-        first, second = figures[-1][0][0].axes                 # and none for None
-        assert (first.get_position().y0 > second.get_position().y1) == stacked
+    sample.draw_grids(run.folder / "a.png", (*images, None), 3, rows="rs", stacked=True)
+    first, second = figures[0][0][0].axes                      # and none for None
+    assert first.get_position().y0 > second.get_position().y1
     assert [label.get_text() for label in first.get_yticklabels()] == ["r", "s"]
     for x, grid in zip(images, [ax.images[0].get_array() for ax in (first, second)]):
         assert grid.shape == (59, 88, 3) and (grid[0] == 1).all()
@@ -147,7 +135,6 @@ def test_curves_are_the_numbers_of_the_log(run, calls):        # a note, and sta
     lines = {line.get_label(): line for ax in figures[0][0][0].axes for line in ax.lines}
     np.testing.assert_equal(lines["elbo"].get_ydata(), [-1, -2, np.nan, np.nan, -5, -6])
     np.testing.assert_equal(lines["kl_nodes"].get_ydata(), [0, 2, np.nan, np.nan, 8, 10])
-    assert [patch.get_x() for patch in figures[0][0][0].axes[1].patches] == [2.5, 3.5]
     assert lines["loss"].get_xdata()[-1] == 1500 and lines["loss"].get_ydata()[2] == 3
     assert lines["running mean"].get_ydata(False)[[0, 4, -1]].tolist() == [1, 3, 20.5]
 
@@ -173,15 +160,17 @@ def test_the_command_draws_every_picture(run, calls, monkeypatch):
     assert torch.equal(x, run.data.test_images[:6] / 255) and torch.equal(inferred[0][0][0], x)
     assert path is inferred[0][2] and tuple(images) == reconstructions[2] and columns == 6
     assert path.nodes.amax(1).tolist() == [1, 3, 4] * 2 and how["stacked"]       # most probable
-    parts = (run.folder / "growth.gif").read_bytes().split(b"!\xf9\x04")[1:]
-    assert [int.from_bytes(part[1:3], "little") for part in parts] == [100, 400]     # 1/100 s
     assert torch.equal(trees[1][1]["images"][:, 0], run.frames[0]["images"] / 255)
     monkeypatch.setattr(train, "load_run", lambda *given: run._replace(networks=None))
     sample.main([str(run.folder), "--n", "1"])
     assert [args[0].stem for args, _, _ in grids[4:]] == ["leaves", "one_root", "reconstructions"]
 
 
-def test_the_defaults_and_the_seed(run, monkeypatch):
+def test_the_defaults_and_the_seed(run, monkeypatch, capsys):
+    for flag in "n=0 n=65 eta=-0.1 eta=1.1 steps=0 steps=1001 node=5".split():
+        with pytest.raises(SystemExit, match="2"):
+            sample.main([str(run.folder), f"--{flag}"])
+        assert capsys.readouterr().err.count("\n") == 1 and not list(run.folder.iterdir())
     drawn, grids = [], []
     monkeypatch.setattr(sample, "draw_images", lambda _, *given: drawn.append(given) or "images")
     monkeypatch.setattr(sample, "draw_grids", lambda *given: grids.append(given))
@@ -191,10 +180,3 @@ def test_the_defaults_and_the_seed(run, monkeypatch):
     assert how == [100, 0.0] and len(path.z) == 64 and (path.nodes[:, 1] == 2).all()
     assert torch.equal(path.z, same.z) and not torch.equal(path.z, other.z)
     assert grids[0] == (run.folder / "node_2.png", "images", 8)
-
-
-@pytest.mark.parametrize("flag", "n=0 n=65 eta=-0.1 eta=1.1 steps=0 steps=1001 node=5".split())
-def test_a_wrong_flag_is_one_sentence(run, flag, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sample.main([str(run.folder), f"--{flag}"])
-    assert capsys.readouterr().err.count("\n") == 1 and not list(run.folder.iterdir())

@@ -35,17 +35,6 @@ def seeded(call, *args, **kwargs):
     return call(*args, **kwargs)
 
 
-def train(tree, x, steps, **kwargs):
-    optimizer = torch.optim.Adam([p for p in tree.parameters() if p.requires_grad], 0.02)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        losses.append(tree.loss(x, **kwargs)[0])
-        losses[-1].backward()
-        optimizer.step()
-    return losses
-
-
 def test_gaussians_on_a_grid():
     """Eq. (15) is N(mu_q, var_q) N(mu_p, var_p), normalised numerically; KL by integration."""
     grid = torch.linspace(-30, 30, 60001, dtype=torch.float64)
@@ -58,16 +47,16 @@ def test_gaussians_on_a_grid():
     moments = torch.stack([mean, torch.trapezoid(density * (grid - mean) ** 2, grid)])
     assert_close(torch.stack(treevae.precision_weighted(q, p)).flatten(), moments)
     assert_close(q.kl(p)[0], torch.trapezoid(log_q.exp() * (log_q - log_p), grid))
-    many = Gaussian(torch.full((5000, 2, 2, 1), 0.7), torch.full((5000, 2, 2, 1), 4.0))
-    assert torch.allclose(many.log_prob(many.mu), torch.tensor(-2 * math.log(8 * math.pi)))
-    assert abs(many.sample().mean() - 0.7) < 0.06 and abs(many.sample().std() - 2) < 0.05
 
 
 def test_networks_and_settings():
     for side, r, kind in itertools.product((28, 32, 64), (1, 2, 4), ("cnn", "resnet")):
-        x, z = torch.rand(2, 3, side, side), torch.rand(2, 5, r, r)
-        assert make_encoder(kind, x.shape[1:], 2, 5, r)(x).shape == z.shape
-        assert make_decoder(kind, x.shape[1:], 2, 5, r)(z).shape == x.shape
+        x = torch.rand(2, 3, side, side)
+        encoded = make_encoder(kind, x.shape[1:], 2, 5, r)(x)
+        decoded = make_decoder(kind, x.shape[1:], 2, 5, r)(encoded)
+        assert encoded.shape == (2, 5, r, r) and decoded.shape == x.shape
+        decoded.sum().backward()
+
     def layers(net):
         assert {getattr(m, "negative_slope", 0.1) for m in net.modules()} == {0.1}
         return [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
@@ -76,13 +65,13 @@ def test_networks_and_settings():
         (3, 4, 8, 4), *[(4, 4, 3, 1)] * 2, (4, 8, 3, 2), *[(8, 8, 3, 1)] * 2, (8, 9, 2, 2)]
     assert layers(make_decoder("resnet", (3, 32, 32), 4, 9, 1)) == [
         (9, 8, 4, 4), *[(8, 8, 3, 1)] * 2, (8, 4, 3, 2), *[(4, 4, 3, 1)] * 2, (4, 48, 3, 1)]
-    mlp = make_decoder("mlp", (1, 28, 28), 4, 9, 1)
-    assert layers(mlp) == [(9, 16, 1, 1), (16, 16, 1, 1), (16, 784, 1, 1)]
-    tree = TreeVAE((1, 28, 28), contrastive=True)
-    assert tree.latent_shape == (16, 4, 4) and len(tree.bottom_up) == 7 and len(tree.heads) == 8
-    assert layers(tree.bottom_up[0]) == [(32, 32, 3, 1)] and tree.heads[0][-1].out_features == 10
-    assert layers(tree.encoder)[0] == (1, 32, 8, 4) and not layers(tree.heads) and tree.hidden == 32
-    assert not make_tree().heads and layers(make_tree().bottom_up[0]) == [(4, 4, 1, 1)]
+    tree, small = TreeVAE((1, 28, 28), contrastive=True), make_tree()
+    assert tree.latent_shape == (16, 4, 4) and len(tree.bottom_up) == 7 and not small.heads
+    assert layers(tree.bottom_up[0]) == [(32, 32, 3, 1)] and layers(tree.encoder)[0][1] == 32
+    assert layers(small.bottom_up[0]) == [(4, 4, 1, 1)] and tree.heads[7][-1].out_features == 10
+    tree = make_tree(encoder="resnet", decoder="mlp")
+    assert len(layers(tree.encoder)) == 4  # with a residual block
+    assert layers(tree.nodes[2].decoder) == [(2, 8, 1, 1), (8, 8, 1, 1), (8, 256, 1, 1)]
     f, conv, h = treevae.Residual(2).eval(), treevae.Conv(2, 4, 1), torch.randn(1, 2, 1, 1)
     assert_close(f(h), h + f.f(h))
     assert_close(conv(h), F.conv2d(h, conv.weight, conv.bias))
@@ -100,7 +89,7 @@ def test_the_floor_keeps_variances_and_gradients_finite():
             module.linear.bias.data[2:] = -1e4
     for v in tree.walk(tree.bottom_up_pass(images(4))):
         assert v.p.var.min() >= 0.999e-7 and v.q.var.min() >= 0.499e-7  # q: the product of two
-    assert train(tree, images(4), 1)[0].isfinite()
+    tree.loss(images(4))[0].backward()
     assert all(p.grad.isfinite().all() for p in tree.parameters())
 
 
@@ -112,7 +101,7 @@ def test_elbo_is_an_explicit_sum_over_paths(parents):
     d = tree.bottom_up_pass(x)
     visits = {v.node: v for v in seeded(tree.walk, d)}
     total = torch.zeros(5, 3)
-    for leaf in tree.leaves:
+    for leaf, leaf_prob in zip(tree.leaves, tree.leaf_probs(x).T):
         prob, decisions, kl_nodes = torch.ones(3), torch.zeros(3), torch.zeros(3)
         for i, child in itertools.pairwise(tree.path_to(leaf)):
             if len(tree.children_of(i)) == 2:
@@ -121,10 +110,10 @@ def test_elbo_is_an_explicit_sum_over_paths(parents):
                 if child == tree.children_of(i)[1]:
                     q, p = 1 - q, 1 - p
                 prob, decisions = prob * q, decisions + torch.log(q / p)
-            assert torch.allclose(visits[child].log_reach_q.exp(), prob)
             prior = tree.nodes[child].transformation(visits[i].z)
             evidence = tree.nodes[child].evidence(d[tree.depth(child)])
             kl_nodes += treevae.precision_weighted(evidence, prior).kl(prior)
+        assert_close(leaf_prob, prob)
         mu_x = torch.sigmoid(tree.nodes[leaf].decoder(visits[leaf].z))
         log_px = (x * mu_x.log() + (1 - x) * (1 - mu_x).log()).flatten(1).sum(1)
         root = tree.nodes[0].evidence(d[0])
@@ -133,7 +122,6 @@ def test_elbo_is_an_explicit_sum_over_paths(parents):
         total += prob * torch.stack([elbo, log_px, kl_root, kl_nodes, decisions])
     names = ("elbo", "reconstruction", "kl_root", "kl_nodes", "kl_decisions")
     assert_close(seeded(tree.elbo, x), dict(zip(names, total)), rtol=1e-4, atol=1e-4)
-    assert parents == (-1,) or total[3].min() > 0.01
 
 
 @torch.no_grad()
@@ -201,8 +189,8 @@ def test_loss_is_exactly_its_weighted_parts(below, nodes):
     elbo_loss = -0.7 * parts["reconstruction"] - 0.3 * parts["elbo"]
     assert_close(loss, elbo_loss + 2 * contrast)
     assert_close(tree.loss(x, 0.3, visits=visits)[0], elbo_loss)
-    assert_close(seeded(tree.loss, x, below=below)[0], -parts["elbo"])
-    assert_close(seeded(tree.loss, x, 0.3, below, view)[0], loss + 98 * contrast)
+    by_default = seeded(tree.loss, x, below=below, view=view)[0]
+    assert_close(by_default, 100 * contrast - parts["elbo"])
     weights = [tree.nodes[i].router_q.net[-1].weight for i in (0, 1)]
     root, own = torch.autograd.grad(terms["contrastive"], weights, allow_unused=True)
     assert own.any() and (root is None) == (below == 1)  # the weights P(i; c) are detached
@@ -210,73 +198,55 @@ def test_loss_is_exactly_its_weighted_parts(below, nodes):
 
 @torch.no_grad()
 def test_leaf_probs_through_growing_and_pruning(monkeypatch):
-    tree, x = make_tree(), images(50)
-    for change, node in (("grow", 1), ("grow", 4), ("prune", 3), ("grow", 5), ("prune", 2)):
+    """Growing divides a leaf's probability, pruning passes it on; ids and depths never change."""
+    tree, x, root = make_tree(), images(50), make_tree((-1,), contrastive=True)
+    for change, node, leaves in (
+            ("grow", 1, [3, 4, 2]), ("grow", 4, [3, 5, 6, 2]), ("prune", 3, [5, 6, 2]),
+            ("grow", 5, [7, 8, 6, 2]), ("prune", 2, [7, 8, 6])):  # 3 is not reused
         before, parent = dict(zip(tree.leaves, tree.leaf_probs(x).T)), tree.parents[node]
-        getattr(tree, change)(node)
+        result = getattr(tree, change)(node)
+        assert tree.leaves == leaves and result == (tree.children_of(node) or None)
         probs = tree.leaf_probs(x)
         assert_close(probs.sum(1), torch.ones(50))
-        after = {v.node: v.log_reach_q.exp() for v in tree.walk(tree.bottom_up_pass(x))}
-        assert torch.equal(torch.stack([after[i] for i in tree.leaves], 1), probs)
-        if change == "grow":  # divides the leaf's probability
-            assert_close(sum(after[i] for i in tree.children_of(node)), before[node])
-        else:  # passes it to those beside it
-            gets = [i for i in tree.leaves if parent in tree.path_to(i)]
-            assert_close(sum(after[i] - before[i] for i in gets), before[node], rtol=0, atol=1e-6)
+        gets = [i for i in leaves if (parent if change == "prune" else node) in tree.path_to(i)]
+        gain = sum(p - before.get(i, 0) for i, p in zip(leaves, probs.T) if i in gets)
+        assert_close(gain, before[node], rtol=0, atol=1e-6)
+    assert tree.parents == [-1, 0, -2, -2, 1, 4, 4, 5, 5] and tree.ids == [0, 1, 4, 5, 6, 7, 8]
+    make_tree(tree.parents).load_state_dict(tree.state_dict())  # the same networks as if built
     for name, part in tree.named_modules():
         if name.endswith(("evidence", "transformation", "router_p", "decoder")):
             part.forward = None
+    assert root.loss(x, view=x)[0].isfinite()  # a plain VAE
     monkeypatch.setattr(torch, "randn_like", None)
     assert torch.equal(tree.leaf_probs(x), probs)  # runs the encoder, eq. (12), q-routers alone
-
-
-def test_ids_are_stable_and_pruning_keeps_depths():
-    tree = make_tree()
-    assert tree.grow(1) == [3, 4] and tree.grow(4) == [5, 6] and tree.leaves == [3, 5, 6, 2]
-    tree.prune(3)  # its parent stays, with one child, no router
-    assert tree.parents == [-1, 0, 0, -2, 1, 4, 4] and tree.leaves == [5, 6, 2]
-    assert tree.ids == [0, 1, 2, 4, 5, 6] and tree.path_to(5) == [0, 1, 4, 5] and tree.depth(5) == 3
-    has = [list(dict(node.named_children())) for node in tree.nodes]
-    assert has[1] == ["evidence", "transformation"] and not has[3] and "decoder" not in has[4]
-    assert tree.grow(5) == [7, 8]  # 3 is not reused
-    for leaf in (2, 6, 7):
-        tree.prune(leaf)
-    assert tree.leaves == [8] and tree.leaf_probs(images(2)).tolist() == [[1.0], [1.0]]
-    root = make_tree((-1,), contrastive=True)  # alone a plain VAE
-    assert root.loss(images(3), view=images(3))[0].isfinite()
     for call, node_id in ((root.prune, 0), (tree.prune, 4), (tree.prune, 2), (tree.grow, 4),
-                          (tree.grow, 2), (make_tree(max_depth=1).grow, 1)):
+                          (tree.grow, 2), (tree.grow, 7)):  # 7 is at max_depth
         with pytest.raises(ValueError, match="cannot be"):
             call(node_id)
-    tree.prune(8)  # parents without a child go too
-    assert tree.leaves == [0] and tree.parents == [-1] + [-2] * 8 and tree.grow(0) == [9, 10]
+    for leaf in (7, 8, 6):  # parents without a child go too
+        tree.prune(leaf)
+    assert tree.parents == [-1] + [-2] * 8 and tree.leaves == [0] and tree.grow(0) == [9, 10]
 
 
 def test_growing_trains_the_new_parts_alone_as_the_whole_elbo_would(monkeypatch):
     tree, x = make_tree((-1, 0, 0, 1, 1)), images(30)
-    def outputs():
-        d = tree.eval().bottom_up_pass(x)
-        visits = [v for v in seeded(tree.walk, d) if v.node < 5]
-        decoded = [tree.nodes[v.node].decoder(v.z) for v in visits if v.node in (2, 4)]
-        return d + decoded + [t for v in visits for t in (v.z, *v.q, *v.p, v.log_reach_q)]
-    before = outputs()
+    saved = {name: value.clone() for name, value in tree.state_dict().items()}
     tree.train().grow(3)
     tree.train_only(3)
     new = ("nodes.3.router_", "nodes.5.", "nodes.6.")
-    assert all(p.requires_grad == name.startswith(new) for name, p in tree.named_parameters())
-    assert all(m.training == f"{name}.".startswith(new) for name, m in tree.named_modules())
-    saved = {name: value.clone() for name, value in tree.state_dict().items()}
-    losses = train(tree, x, 20, below=3)
-    assert losses[-1] < losses[0]
+    saved = {name: value.clone() for name, value in tree.state_dict().items()} | saved
+    parts = [p for p in tree.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parts, 0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        tree.loss(x, below=3)[0].backward()
+        optimizer.step()
     for name, value in tree.state_dict().items():  # batch statistics, too
         assert torch.equal(value, saved[name]) != name.startswith(new), name
-    assert_close(outputs(), before, rtol=0, atol=0)
     monkeypatch.setattr(torch, "randn_like", lambda mu: torch.ones_like(mu) / 2)
-    parts = [p for p in tree.parameters() if p.requires_grad]  # the gradient of the whole ELBO
+    tree.eval()  # the gradient of the whole ELBO
     path, whole = [torch.autograd.grad(tree.loss(x, below=below)[0], parts) for below in (3, None)]
     assert_close(path, whole, rtol=1e-4, atol=1e-4)
-    tree.train_only()
-    assert all(p.requires_grad for p in tree.parameters()) and tree.encoder[0][1].training
 
 
 def test_growth_and_pruning_rules_on_hand_made_probabilities():
@@ -292,10 +262,10 @@ def test_growth_and_pruning_rules_on_hand_made_probabilities():
     shared = torch.tensor([[0.55, 0.45, 0.0]] * 4 + [[0.0, 0.6, 0.4]] * 3)
     assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 5, hard=True) is None
     assert deeper.next_split(shared, 4, hard=True)[0] == 1  # the most probable leaf of 4
-    def pruned(sizes, *share):
-        return tree.next_prune(torch.eye(3).repeat_interleave(torch.tensor(sizes), 0), *share)
-    assert pruned([500, 491, 9]) == 4 and pruned([500, 490, 10]) is None
-    assert pruned([500, 200, 300], 0.3) == 3
+    for sizes, share, leaf in (([500, 491, 9], 0.01, 4), ([500, 490, 10], 0.01, None),
+                               ([500, 200, 300], 0.3, 3)):
+        probs = torch.eye(3).repeat_interleave(torch.tensor(sizes), 0)
+        assert tree.next_prune(probs, share) == leaf
 
 
 @torch.no_grad()
@@ -308,7 +278,6 @@ def test_paths_share_z_and_decode_at_their_own_leaf(parents):
     z_p = tree.sample_latents(len(leaf))
     longest = max(len(tree.path_to(i)) for i in tree.ids)
     for z, path in ((z_q, seeded(tree.infer_path, x, leaf)), (z_p, tree.pick_path(z_p, leaf))):
-        assert path.nodes.shape == (len(leaf), longest) and path.nodes.dtype == torch.long
         decoded = tree.decode(path)
         for row, column in enumerate(leaf.tolist()):
             ids = tree.path_to(tree.leaves[column])
@@ -333,54 +302,28 @@ def test_leaves_are_sampled_by_their_probabilities():
     left, left_of_2 = [tree.nodes[i].router_p(z[i]).sigmoid() for i in (0, 2)]   # eq. (9)
     probs = torch.stack([left, (1 - left) * left_of_2, (1 - left) * (1 - left_of_2)], 1)
     assert_close(tree.prior_leaf_probs(z), probs)
-    assert_close(hits(path).mean(0), probs.mean(0), rtol=0, atol=0.02)
     assert_close((hits(path) * probs).mean(0), (probs ** 2).mean(0), rtol=0, atol=0.02)
-
-
-@pytest.mark.parametrize("shape, likelihood, r, kind, decoder", [
-    ((1, 28, 28), "bernoulli", 4, "cnn", "cnn"), ((1, 28, 28), "bernoulli", 1, "resnet", "mlp"),
-    ((3, 32, 32), "gaussian", 2, "resnet", "resnet")])
-def test_every_form_trains_grows_prunes_and_reloads(shape, likelihood, r, kind, decoder):
-    torch.manual_seed(0)
-    settings = (shape, likelihood, 3, 4, r, 3, kind, decoder, 4, True)
-    tree, x = TreeVAE(*settings), torch.rand(12, *shape)
-    losses = train(tree, x, 10, kl_weight=0.1, view=x + torch.rand_like(x), contrastive_weight=1.0)
-    assert losses[-1] < losses[0]
-    assert tree.grow(1) == [3, 4]
-    train(tree, x[:7], 1, below=1)
-    assert tree.nodes[1].router_q.net[0][0].weight.grad.any()
-    tree.eval().prune(3)
-    assert all(term.shape == (1,) and term.isfinite() for term in tree.elbo(x[:1]).values())
-    again = TreeVAE(*settings, parents=tree.parents).eval()
-    again.load_state_dict(tree.state_dict())
-    drawn = tree.decode(seeded(tree.infer_path, x))
-    assert torch.equal(drawn, again.decode(seeded(again.infer_path, x)))
-    assert drawn.shape == x.shape and 0 <= drawn.min() and drawn.max() <= 1
 
 
 def test_the_best_cut_of_a_graph():
     torch.manual_seed(0)
-    radius = torch.where(torch.arange(300) < 200, 1.0, 3.0)  # one ring in another
+    radius = torch.where(torch.arange(300) < 60, 1.0, 3.0)  # one ring in another; 60 > 15%
     rings = torch.polar(radius, 2 * math.pi * torch.rand(300))
     cut = treevae.normalized_cut(torch.view_as_real(rings))[1]
-    assert cut[:200].float().mean() in (0, 1) and (cut[200:] != cut[0]).all()
+    assert cut[:60].float().mean() in (0, 1) and (cut[60:] != cut[0]).all()
     points = torch.cat([torch.randn(7, 2), torch.randn(5, 2) + torch.tensor([2.5, 0.0])])
-    graph = torch.zeros(12, 12)
-    for i in range(12):  # the best of all cuts, by force
-        for j in sorted(range(12), key=lambda j: (points[i] - points[j]).norm().item())[1:5]:
-            graph[i, j] += 1
+    near = torch.cdist(points, points).argsort(1)[:, 1:5]
+    graph = F.one_hot(near, 12).sum(1).float()
     graph = graph + graph.T
+
     def cost(left):
         left = left.float()
         volume = (left @ graph).sum()
         return left @ graph @ (1 - left) * (1 / volume + 1 / (graph.sum() - volume))
-    every = torch.cartesian_prod(*[torch.arange(2)] * 12)
+    every = torch.cartesian_prod(*[torch.arange(2)] * 12)  # the best of all cuts, by force
     best = min(cost(left) for left in every if 2 <= left.sum() <= 10)
     found, left = treevae.normalized_cut(points, 4)
-    assert_close(cost(left), best)
-    assert found == pytest.approx(best.item())
-    skewed = torch.cat([torch.randn(80, 2) * 0.1, torch.randn(20, 2) * 0.1 + 9])
-    assert treevae.normalized_cut(skewed)[1].sum() in (20, 80)  # at least 15 are on each side
+    assert [found, cost(left).item()] == pytest.approx([best.item()] * 2)
     assert treevae.normalized_cut(torch.rand(2, 3))[1].sum() == 1
 
 
@@ -394,11 +337,9 @@ def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
         targets = seeded(treevae.cut_targets, features, n_points, n_voters)
         torch.manual_seed(5)  # as `seeded`
         draws = [features[torch.randperm(5003)[:n_points]] for _ in range(3)]
-        costs = [treevae.normalized_cut(points)[0] for points in draws]
-        points = draws[costs.index(min(costs))]  # the cheapest of three cuts
-        left = treevae.normalized_cut(points)[1].tolist()
+        cuts = [(*treevae.normalized_cut(points), points) for points in draws]
+        _, left, points = min(cuts, key=lambda cut: cut[0])  # the cheapest of three
         for row in (0, 1, 2, 3, 4998, 5002):
-            order = sorted(range(n_points), key=lambda k: (features[row] - points[k]).norm().item())
-            near = [left[k] for k in order[:n_voters]]
-            assert targets[row].item() == pytest.approx(sum(near) / len(near))
+            near = (features[row] - points).norm(dim=1).argsort()[:n_voters]
+            assert targets[row].item() == pytest.approx(left[near].float().mean().item())
     assert len(targets) == 5003 and len(targets.unique()) > 2
