@@ -579,8 +579,9 @@ def add_frame(state, tree, images, title):
     """A frame of growth.gif: the tree, the leaves' shares and mean images. -> `leaf_probs`"""
     probs = leaf_probs(tree, images)
     shares = F.one_hot(probs.argmax(1), len(tree.leaves)).float().mean(0).tolist()
-    weight = probs[:2000] / probs[:2000].sum(0).clamp(min=1e-6)          # (2000, n_leaves)
-    means = torch.einsum("nl,nchw->lchw", weight, images[:2000].float())
+    some = probs[:2000]               # (2000, n_leaves)
+    weight = some / some.sum(0).clamp(min=1e-6)
+    means = torch.einsum("nl,nchw->lchw", weight, images[:len(some)].float())
     state["frames"].append(dict(title=title, parents=list(tree.parents), leaves=tree.leaves,
                                 shares=shares, images=means.clamp(0, 255).byte().cpu()))
     return probs

@@ -97,7 +97,13 @@ def test_the_classifier_is_trained_once_for_a_data_set(channels, tmp_path, monke
         nn.Flatten(), nn.Linear(64 * channels, 128), nn.BatchNorm1d(128), nn.ReLU()))
     views, x = [], images / 255
     monkeypatch.setattr(train, "random_view", lambda x, of: views.append(of) or x)
+    rates = []
+    def step(self, *args, real=torch.optim.AdamW.step):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     classifier = metrics.load_classifier(run)
+    assert len(rates) == 40 and max(rates) == pytest.approx(3e-3, rel=0.05) and rates[-1] < 1e-4
     assert (classifier(x).argmax(1) == labels).float().mean() > 0.95 and not classifier.training
     assert classifier[:-1](x).shape == (1025, 128) and views == 20 * (channels - 1) * [train.COLOUR]
     assert (tmp_path / "classifier-my_set-1025.pt").exists()

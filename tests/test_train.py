@@ -225,6 +225,12 @@ def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
         assert same(module.state_dict(), saved)
         assert not any(m.training for m in module.modules())
         assert not any(p.requires_grad for p in module.parameters())
+    probs, frame = train.leaf_probs(run.tree, run.data.images), run.frames[-1]
+    shares = torch.eye(len(probs.T))[probs.argmax(1)].mean(0)
+    assert frame["shares"] == pytest.approx(shares.tolist())
+    for p, mean in zip(probs.T, frame["images"]):          # of each leaf's images
+        expected = (p[:, None, None, None] * run.data.images).sum(0) / p.sum()
+        assert (mean - expected).abs().max() <= 1
     rates = [2e-3 * min(1, (k + 1) / 5) for k in range(7)]
     assert [step["lr"] for step in spy.steps] == pytest.approx(rates)
     for step, image in zip(spy.steps, images):
@@ -463,8 +469,10 @@ def test_shapes():
     ("omniglot", "omniglot-py/x/{alphabet}/y/{k:02}.png", 28, 28, (18, 1, 28, 28)),
     ("celeba", "celeba/img_align_celeba/{k:02}.png", 178, 218, (27, 1, 64, 64))])
 def test_folders_of_images(name, path, width, height, shape, tmp_path, monkeypatch):
+    asked = []
     for kind in ("Omniglot", "CelebA"):
-        monkeypatch.setattr(train.datasets, kind, lambda root, what, download: None)
+        monkeypatch.setattr(train.datasets, kind,
+                            lambda root, what, download: asked.append((what, download)))
     classes, edge, side = {}, (height - width) // 2, width
     if name == "celeba":
         edge, side = 40, 148
@@ -478,14 +486,21 @@ def test_folders_of_images(name, path, width, height, shape, tmp_path, monkeypat
             classes[k] = "".join({bird, alphabet} & set(file.parts))
         image = torch.full((3, height, width), 255, dtype=torch.uint8)
         image[:, edge:edge + side, left:left + side] = 5 * k           # all that is to be seen
+        if name == "celeba":                               # up to its very edge
+            image[:, 40, 15:163] = image[:, 187, 15:163] = 5 * k + 100
+            image[:, 40:188, 15] = image[:, 40:188, 162] = 5 * k + 100
         if name == "own":
             image[0] = 9                                   # in colour
         TF.to_pil_image(image).save(file)
     dataset = name if name in train.DATASETS else str(tmp_path)
     found = train.load_data(train.Config(dataset=dataset, data_root=str(tmp_path)))
+    both = [(True, True), (False, True)]                   # of Omniglot's parts
+    assert asked == dict(omniglot=both, celeba=[("all", True)]).get(name, [])
     images = torch.cat([found.images, found.test_images])
-    k = (images[:, -1, 0, 0] // 5).tolist()
-    assert (images == images[:, :, :1, :1]).all()
+    k = (images[:, -1, 9, 9] // 5).tolist()
+    assert (images[..., 9:-9, 9:-9] == images[:, :, 9:10, 9:10]).all()
+    for edge in (images[..., 0, 9], images[..., -1, 9], images[..., 9, 0], images[..., 9, -1]):
+        assert ((edge.int() - images[..., 9, 9] > 20) == (name == "celeba")).all()
     assert found.images.shape == shape and sorted(k) == sorted(classes)
     assert name != "parts" or min(k[20:]) == 20
     labels = torch.cat([found.labels, found.test_labels])
@@ -499,6 +514,7 @@ def test_torchvisions_data_sets(name, kind, tmp_path, monkeypatch):
     for file in ("train", "test", "meta"):
         (tmp_path / file).write_bytes(pickle.dumps(coarse))
     def fake(root, train, download):
+        assert download
         n = 5 if train else 4
         images = torch.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).byte()
         return types.SimpleNamespace(data=images.numpy() if "cifar" in name else images[..., 0],
