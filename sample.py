@@ -187,7 +187,7 @@ def draw_growth(frames, file):
     part.replace(file)
 
 
-def draw_curves(log, file, window=20):
+def draw_curves(log, file, window=5):
     """curves.png: stage 1's terms by epoch, stage 2's loss by step and its mean of so many rows."""
     rows = list(csv.DictReader(log.read_text().splitlines()))  # {column: text}
     figure = Figure((13, 3.4), layout="constrained")
@@ -207,7 +207,7 @@ def draw_curves(log, file, window=20):
             means = [np.mean(y[max(0, k - window):k]) for k in range(1, len(y) + 1)]
             ax.plot(x, means, color=COLOURS[1], lw=2, label="running mean")
             ax.set(xlabel="step of stage 2", ylabel="loss a pixel, eq. (30)")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="center")  # where the grey is, or above the loss
     save_figure(figure, file)
 
 
