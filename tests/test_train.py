@@ -219,6 +219,9 @@ def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
         train.replace_file(tmp_path / "tree.pt", lambda file: 1 / file.write(b""))
     run = train.load_run(tmp_path, "cpu", "elsewhere")
     assert run.config.latent_channels == 2 and run.config.data_root == "elsewhere"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    assert train.load_file(tmp_path / "moved", "config.json").out == str(tmp_path / "moved")
     assert run.tree.parents == ran.tree["parents"] and not spy.phases
     networks = torch.load(tmp_path / "diffusion.pt")
     for module, saved in ((run.tree, ran.tree["state_dict"]), (run.networks, networks)):
