@@ -1,14 +1,12 @@
-"""The diffusion model: a noise schedule, the DDPM objective, DDPM and DDIM sampling, and a U-Net.
+"""The diffusion model: noise schedule, DDPM objective, DDPM and DDIM sampling, U-Net.
 
-This is stage 2 of TreeDiffusion, section 3.2 and Appendix B of the paper. Forward, an image x_0 is
-turned into Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise
-in x_t; backward, from pure noise, a little of what it predicts is taken out at each step. The
-vector y of `path_encoder.PathEncoder` is added to the U-Net's embedding of the time: this is what
-conditions the image on a path of the tree, eq. (6).
+Stage 2 of TreeDiffusion: section 3.2 and Appendix B of the paper. Forward, an image x_0 becomes
+Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t;
+sampling starts from pure noise and removes a little of it at each step. The vector y of
+`path_encoder` conditions the image on a path of the tree, eq. (6).
 
-Images are (B, C, H, W) in [-1, 1], y is (B, emb_dim) or None. t is (B,) long in 0..T-1: the paper
-counts 1..T, so its abar_t is our abar[t - 1], beta_t our beta[t - 1]; its abar_0 is 1.
-Read `Diffusion` first (each method is an equation or two), then `UNet` from its forward pass.
+Images are (B, C, H, W) in [-1, 1], y is (B, emb_dim) or None, t is (B,) long in 0..T-1: the paper
+counts 1..T, so its abar_t is our abar[t - 1]; its abar_0 is 1.
 """
 
 import math
@@ -19,10 +17,7 @@ from torch import nn
 
 
 class Diffusion(nn.Module):
-    """The noise schedule and all that follows from it. `net` is eps_psi: net(xt, t, y) -> eps.
-
-    Nothing in it is trained. Tables are (T, 1, 1, 1), so that abar[t] (B, 1, 1, 1) scales images.
-    """
+    """The noise schedule and what follows from it. `net` is eps_psi: net(xt, t, y) -> eps."""
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
         super().__init__()
@@ -30,20 +25,18 @@ class Diffusion(nn.Module):
         beta = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
         alpha = 1 - beta
         abar = torch.cumprod(alpha, 0)  # eq. (5): prod_{s <= t} alpha_s
-        abar_prev = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+        abar_prev = F.pad(abar[:-1], (1, 0), value=1.0)
         tables = dict(beta=beta, alpha=alpha, abar=abar, abar_prev=abar_prev)
         tables["one_minus_abar"] = 1 - abar  # in float64: float32 has few digits near abar = 1
         tables["one_minus_abar_prev"] = 1 - abar_prev
         tables["beta_tilde"] = (1 - abar_prev) / (1 - abar) * beta  # eq. (26), 0 at the first t
-        for name, table in tables.items():
+        for name, table in tables.items():  # (T, 1, 1, 1), so that abar[t] scales images
             self.register_buffer(name, table.float().view(-1, 1, 1, 1), persistent=False)
 
-    # -- identities: any two of x_0, x_t, eps and v give the others -----------------------------
+    # -- identities: any two of x_0, x_t, eps and v give the others --
     def add_noise(self, x0, t, eps):
-        """A sample of q(x_t | x_0), eqs. (5), (24), in one step, with standard normal eps: the same
-        distribution as t steps of eqs. (3), (4), (22), (23).
-        """
-        return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps
+        """x_t ~ q(x_t | x_0), eqs. (5), (24): as by t steps of eqs. (3), (4), (22), (23)."""
+        return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps  # eps ~ N(0, I)
 
     def predict_x0(self, xt, eps, t):
         """x0^: eq. (5) solved for x_0."""
@@ -58,7 +51,7 @@ class Diffusion(nn.Module):
         return self.one_minus_abar[t].sqrt() * xt + self.abar[t].sqrt() * v
 
     def posterior(self, x0, xt, t):
-        """q(x_{t-1} | x_t, x_0), eq. (25): mean mu~ (B, C, H, W), variance beta~ (B, 1, 1, 1)."""
+        """q(x_{t-1} | x_t, x_0), eq. (25): its mean mu~ and variance beta~."""
         of_x0 = self.abar_prev[t].sqrt() * self.beta[t] / self.one_minus_abar[t]
         of_xt = self.alpha[t].sqrt() * self.one_minus_abar_prev[t] / self.one_minus_abar[t]
         return of_x0 * x0 + of_xt * xt, self.beta_tilde[t]  # eq. (26)
@@ -68,61 +61,60 @@ class Diffusion(nn.Module):
         return (xt - self.beta[t] / self.one_minus_abar[t].sqrt() * eps) / self.alpha[t].sqrt()
 
     def loss(self, net, x0, y=None, t=None, eps=None):
-        """L_simple, eq. (30), as a mean over pixels -> scalar. t (B,), eps: drawn if None."""
+        """L_simple, eq. (30), as a mean over pixels. t, eps: drawn if None."""
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
-        # With mu_psi of eq. (28) and x_0 from eq. (5), eq. (29) is a factor times the same square:
-        # |mu~ - mu_psi|^2 = beta_t^2 / (alpha_t (1 - abar_t)) |eps - eps_psi|^2. Without the factor
-        # the best eps_psi is the same and the samples are better (Ho et al. 2020).
-        return F.mse_loss(net(self.add_noise(x0, t, eps), t, y), eps)  # eq. (30)
+        # By (5), (28), eq. (29) is this square times beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)).
+        # Without the factor the best net is the same and samples are better (Ho et al. 2020).
+        return F.mse_loss(net(self.add_noise(x0, t, eps), t, y), eps)
 
-    # -- sampling ---------------------------------------------------------------------------------
+    # -- sampling --
     @torch.no_grad()
     def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
-        """All T steps of eqs. (6), (27) from noise x_T (drawn if None) to images (B, C, H, W).
+        """The chain of eqs. (6), (27), from noise x_T (drawn if None).
 
-        sigma_t^2 of eq. (28): variance "posterior" is beta~_t, "beta" is beta_t; else ValueError.
+        variance: that of eq. (28), "posterior" (beta~_t) or "beta" (beta_t), else ValueError.
         """
         if variance not in ("posterior", "beta"):
-            raise ValueError(f"variance must be 'posterior' or 'beta', not {variance!r}")
+            raise ValueError(f"variance must be posterior or beta, not {variance}")
         sigma2 = self.beta if variance == "beta" else self.beta_tilde
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
         for step in reversed(range(self.timesteps)):
             t = torch.full((len(x),), step, device=x.device)
             eps = net(x, t, y)
             mean = self.mu_psi(x, eps, t)  # eq. (28)
-            if clip:  # x0^ to [-1, 1], where images are; eq. (26) is the mean that goes with it
+            if clip:  # x0^ to images' range, then eq. (26)
                 x0 = self.predict_x0(x, eps, t).clamp(-1, 1)
                 mean, _ = self.posterior(x0, x, t)
             if step == 0:
-                return mean  # abar_prev = 1: x0^ itself, no noise
+                return mean  # without noise
             x = mean + sigma2[t].sqrt() * torch.randn_like(x)  # x_{t-1}
 
     def ddim_times(self, steps, spacing="quadratic"):
-        """The increasing list of our t that DDIM visits. ValueError for other steps or spacings.
+        """The t that DDIM visits, increasing. ValueError for wrong arguments.
 
-        tau_i for i = 1..S: "linear" i T / S, "quadratic" 0.8 T (i / S)^2 (Song et al., D.2).
+        tau_i, i = 1..S: "linear" i T / S, "quadratic" 0.8 T (i / S)^2 (Song et al., D.2).
         """
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must be in 1..{self.timesteps}, not {steps}")
         if spacing not in ("linear", "quadratic"):
-            raise ValueError(f"spacing must be 'linear' or 'quadratic', not {spacing!r}")
-        i = torch.arange(1, steps + 1, dtype=torch.float64)  # (S,)
-        tau = self.timesteps * i / steps
+            raise ValueError(f"spacing must be linear or quadratic, not {spacing}")
+        share = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # i / S
+        tau = self.timesteps * share
         if spacing == "quadratic":
-            # Denser where the image is nearly clean. It starts at 0.8 T, where sqrt(abar) = 0.04
-            # (T = 1000): so little of an image that pure noise may stand for x_t.
-            tau = 0.8 * self.timesteps * (i / steps) ** 2
-        tau = (tau - 1e-6).ceil().long()  # rounded up, after 1e-6 for float error
+            # Denser where the image is nearly clean. It starts at 0.8 T, where x_t is almost noise:
+            # sqrt(abar) = 0.04 for T = 1000.
+            tau = 0.8 * self.timesteps * share**2
+        tau = (tau - 1e-6).ceil().long()  # 1e-6: float error
         return (tau.unique() - 1).tolist()  # small ones may coincide
 
     @torch.no_grad()
     def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic",
                     x_T=None, clip=True, seen=None):
-        """DDIM (Song et al. 2020): `steps` jumps from noise x_T to images (B, C, H, W).
+        """DDIM (Song et al. 2020): `steps` jumps from noise x_T to images.
 
-        eta in 0..1, else ValueError: at 0 no noise is added, the image is a function of x_T;
-        at 1, linear, T steps: DDPM. seen: a list to which each jump appends (t, x_t, x0^).
+        eta in 0..1, else ValueError: 0 adds no noise; 1, linear with T steps, is DDPM.
+        seen: a list, each jump appends (t, x_t, x0^).
         """
         if not 0 <= eta <= 1:  # above 1, s^2 may exceed 1 - abar_prev
             raise ValueError(f"eta must be in 0..1, not {eta}")
@@ -130,86 +122,99 @@ class Diffusion(nn.Module):
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
         for i in reversed(range(len(times))):
             t = torch.full((len(x),), times[i], device=x.device)  # as in training: not i
-            eps = net(x, t, y)  # (B, C, H, W)
+            eps = net(x, t, y)
             x0 = self.predict_x0(x, eps, t)
             if clip:
-                x0 = x0.clamp(-1, 1)  # where images are
+                x0 = x0.clamp(-1, 1)  # range of images
                 eps = self.predict_eps(x, x0, t)  # so that eq. (5) still holds
             if seen is not None:
                 seen.append((times[i], x, x0))
             if i == 0:
-                return x0  # abar_prev = 1: x0^ itself
-            t_prev = torch.full_like(t, times[i - 1])
-            abar, abar_prev = self.abar[t], self.abar[t_prev]  # (B, 1, 1, 1); Song et al.: alpha
-            noise, noise_prev = self.one_minus_abar[t], self.one_minus_abar[t_prev]  # 1 - abar
-            s = eta * (noise_prev / noise).sqrt() * (1 - abar / abar_prev).sqrt()  # their eq. (16)
-            x = abar_prev.sqrt() * x0 + (noise_prev - s**2).sqrt() * eps  # their eq. (12)
+                return x0  # abar_prev = 1
+            prev = times[i - 1]
+            abar, abar_prev = self.abar[t], self.abar[prev]  # Song et al.: alpha
+            var, var_prev = self.one_minus_abar[t], self.one_minus_abar[prev]
+            s = eta * (var_prev / var).sqrt() * (1 - abar / abar_prev).sqrt()  # their eq. (16)
+            x = abar_prev.sqrt() * x0 + (var_prev - s**2).sqrt() * eps  # their eq. (12)
             if eta > 0:
                 x = x + s * torch.randn_like(x)  # its last term
 
 
 def eps_net(diffusion, unet, image=None):
-    """eps_psi(x_t, t, y), as `Diffusion` takes it, of a U-Net that gives v.
-
-    image (B, C, H, W) in [-1, 1], the leaf's reconstruction, is concatenated to x_t (DiffuseVAE).
-    """
-    # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^.
-    # That of a net that gives eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step:
-    # speckle on black grounds. The loss stays eq. (30), which equals abar_t |v - v_psi|^2.
+    """eps_psi(x_t, t, y) from a U-Net that predicts v, given x_t and, if not None, image."""
+    # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^. An
+    # error in eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step: speckle on black
+    # backgrounds. The loss is still eq. (30), here abar_t |v - v_psi|^2.
     def net(xt, t, y):
-        x = xt if image is None else torch.cat([xt, image], 1)  # (B, C + extra, H, W)
-        return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, also where v is bfloat16
+        x = xt if image is None else torch.cat([xt, image], 1)  # leaf's reconstruction: DiffuseVAE
+        return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, even if v is bfloat16
     return net
 
 
-# == The U-Net ====================================================================================
+def autocast(device):
+    """bfloat16 arithmetic where the device computes with it, else nothing."""
+    able = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
+
+
+@torch.no_grad()
+def update_average(average, net, step, decay):
+    """One step of the moving average of a net's weights, with which images are drawn."""
+    # 0.9999 from the first step on would keep the random weights for some 50,000 steps
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+# == The U-Net ==
 def time_features(t, dim):
-    """(B,) -> (B, dim): cosines and sines of t at dim / 2 frequencies, 1 down to almost 1/10000."""
+    """(B,) -> (B, dim): cosines and sines of t at dim / 2 frequencies from 1 to about 1/10000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None].float() * freqs  # (B, dim / 2)
+    angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def zero(layer):
-    """The same layer, zero-initialised: a residual branch adds nothing at first."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    """The layer, zero-initialised: a residual branch starts at 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm over c channels that computes in its input's dtype."""
+    """Group norm, computed in its input's dtype."""
 
     def __init__(self, c):
-        # at least 8 channels a group: with one (instance norm) the net forgets brightness
+        # At least 8 channels a group: with one (instance norm) the net forgets brightness
         super().__init__(math.gcd(32, c, max(1, c // 8)), c)
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)  # (c,)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # else float32, twice the memory traffic
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
-    """Self-attention over the positions of a feature map, added to it; heads of 64 channels."""
+    """Residual self-attention over positions; heads of 64 channels."""
 
     def __init__(self, c):
         super().__init__()
-        self.heads = c // math.gcd(c, 64)  # fewer channels where 64 do not fit
+        self.heads = c // math.gcd(c, 64)  # smaller if 64 does not divide c
         self.norm = GroupNorm(c)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.out = zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)  # q, k, v in 1
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, -1, H * W)
         q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H W, C / heads)
         h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
         return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
 
 class ResBlock(nn.Module):
-    """A residual block, conditioned on the embedding of time and path; then attention, if any."""
+    """A residual block, conditioned on time and path, then attention, if any."""
 
     def __init__(self, c_in, c_out, emb_dim, dropout, attend):
         super().__init__()
@@ -224,8 +229,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, 1)  # (B, c_out, 1, 1)
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
-        h = self.norm2(h) * (1 + scale) + shift  # where time and path come in
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift  # time and path come in
         h = self.conv2(self.dropout(F.silu(h)))  # 0 before training
         return self.attention(self.skip(x) + h)
 
@@ -233,45 +238,45 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """v_psi(x_t, t, y): (B, C + extra, H, W), (B,), (B, emb_dim) or None -> v (B, C, H, W).
 
-    A scale for each multiplier, half the side each time, `blocks` residual blocks a scale, with
-    attention where the feature map's side is in `attention` and in the middle. Square images.
-    extra: input channels after those of x_t. ValueError for a side that does not fit.
+    Each multiplier is a scale of `blocks` residual blocks, at half the side each time. Attention
+    is in the middle and at the sides in `attention`. extra: channels after those of x_t.
+    ValueError for a side that does not fit.
     """
 
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.3, extra=0):
         super().__init__()
-        c_image, side, _ = image_shape
-        # Zeros around the image so that its side halves at every scale: 28 -> 32 for four scales
-        missing = -side % 2 ** (len(multipliers) - 1)
-        sides = [(side + missing) // 2**k for k in range(len(multipliers))]  # of feature maps
-        if missing % 2 == 1:
-            raise ValueError(f"side {side} is odd: it does not pad evenly to halve")
+        c_image, side, _ = image_shape  # square
+        # Zeros around the image let its side halve at each scale: 28 -> 32 for four
+        pad = -side % 2 ** (len(multipliers) - 1)
+        sides = [(side + pad) // 2**k for k in range(len(multipliers))]  # of feature maps
+        if pad % 2 == 1:
+            raise ValueError(f"side {side} is odd: it cannot halve")
         if not set(attention) <= set(sides):
-            raise ValueError(f"attention at {list(attention)}, but feature maps of side {sides}")
-        self.pad = missing // 2
-        self.channels, self.emb_dim = channels, 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, self.emb_dim), nn.SiLU(),
-                                  nn.Linear(self.emb_dim, self.emb_dim))
-        # Down: what each layer gives is a skip connection, too
+            raise ValueError(f"attention at {attention}, but feature maps of side {sides}")
+        self.pad = pad // 2
+        dim = 4 * channels
+        self.channels, self.emb_dim = channels, dim
+        self.time = nn.Sequential(nn.Linear(channels, dim), nn.SiLU(), nn.Linear(dim, dim))
+        # Down: each output is also a skip connection
         self.down = nn.ModuleList([nn.Conv2d(c_image + extra, channels, 3, padding=1)])
-        c, skips = channels, [channels]  # channels now, and of each skip connection
+        c, skips = channels, [channels]  # channels, now and of each skip
         for m, side in zip(multipliers, sides):
             if side < sides[0]:
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))  # half the side
                 skips.append(c)
             for _ in range(blocks):
                 c_in, c = c, m * channels
-                self.down.append(ResBlock(c_in, c, self.emb_dim, dropout, side in attention))
+                self.down.append(ResBlock(c_in, c, dim, dropout, side in attention))
                 skips.append(c)
-        self.middle = nn.ModuleList([ResBlock(c, c, self.emb_dim, dropout, attend=True),
-                                     ResBlock(c, c, self.emb_dim, dropout, attend=False)])
-        # Up: each residual block takes in a skip connection, the latest first
+        self.middle = nn.ModuleList(
+            ResBlock(c, c, dim, dropout, attend) for attend in (True, False))
+        # Up: each block takes a skip connection, the latest first
         self.up = nn.ModuleList()
-        for m, side in reversed(list(zip(multipliers, sides))):
-            for _ in range(blocks + 1):  # one more than down, which has the convolutions' skips
+        for m, side in zip(multipliers[::-1], sides[::-1]):
+            for _ in range(blocks + 1):  # one more, for the convolution's skip
                 c_in, c = c + skips.pop(), m * channels
-                self.up.append(ResBlock(c_in, c, self.emb_dim, dropout, side in attention))
+                self.up.append(ResBlock(c_in, c, dim, dropout, side in attention))
             if side < sides[0]:
                 conv = nn.Conv2d(c, c, 3, padding=1)
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv))  # twice the side
@@ -281,20 +286,20 @@ class UNet(nn.Module):
     def forward(self, x, t, y=None):
         emb = self.time(time_features(t, self.channels))  # (B, emb_dim)
         if y is not None:
-            emb = emb + y  # section 3.2: the path joins the time
-        h = F.pad(x, [self.pad] * 4)  # zeros, 28 -> 32
+            emb = emb + y  # section 3.2
+        h = F.pad(x, [self.pad] * 4)  # 28 -> 32
         skips = []
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
         for block in self.middle:
-            h = block(h, emb)  # at the smallest side
+            h = block(h, emb)
         for layer in self.up:
             if isinstance(layer, ResBlock):
-                h = layer(torch.cat([h, skips.pop()], 1), emb)  # with the skip connection
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = layer(h)  # twice the side
-        return F.pad(self.last(h), [-self.pad] * 4)  # v, cut back to (B, C, H, W)
+                h = layer(h)
+        return F.pad(self.last(h), [-self.pad] * 4)  # cut back
 
 
 if __name__ == "__main__":
@@ -303,11 +308,11 @@ if __name__ == "__main__":
     images = torch.stack([torch.eye(8), torch.eye(8).flip(0)])[:, None] * 1.8 - 0.9  # (2, 1, 8, 8)
     unet = UNet((1, 8, 8), channels=16, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0)
     net = eps_net(diffusion, unet)
-    table = nn.Embedding(2, unet.emb_dim)  # stands for the path encoder: a y for each image
+    table = nn.Embedding(2, unet.emb_dim)  # for the path encoder
     print(f"Training on images {tuple(images.shape)}: a diagonal, its mirror image")
     optimizer = torch.optim.Adam([*unet.parameters(), *table.parameters()], lr=2e-3)
     for step in range(201):
-        kind = torch.randint(2, (32,))  # which of the two images
+        kind = torch.randint(2, (32,))  # which image
         loss = diffusion.loss(net, images[kind], table(kind))
         if step % 50 == 0:
             print(f"  step {step:3d}: eq. (30) = {loss.item():.3f}")
@@ -315,6 +320,6 @@ if __name__ == "__main__":
         loss.backward()
         optimizer.step()
     print(f"DDIM at t = {diffusion.ddim_times(8)[::-1]}, y {tuple(table.weight.shape)}:")
-    drawn = diffusion.ddim_sample(net, (2, 1, 8, 8), table.weight, steps=8)
-    for rows in drawn[:, 0].transpose(0, 1):  # (2, 8): one row of both images
+    drawn = diffusion.ddim_sample(net, images.shape, table.weight, steps=8)
+    for rows in drawn[:, 0].transpose(0, 1):  # (2, 8): a row of both images
         print("  " + "    ".join("".join(".#"[int(p > 0)] for p in row) for row in rows))

@@ -1,15 +1,15 @@
 """The path encoder: from a path of the tree to the vector that conditions the U-Net.
 
-This is section 3.2 of the paper. Stage 1 turns an image into a path: the latents z_i of the nodes
-from the root to one leaf l. The path encoder turns the path into one vector,
+Stage 1 turns an image into a path: the latents z_i of the nodes from the root to one leaf l. The
+path encoder turns the path into one vector,
 
-    y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ]              (section 3.2; it has no number there)
+    y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ]              (section 3.2, unnumbered)
 
-which the U-Net adds to its embedding of the time. f_z says what the image looks like at each level
-of the tree, f_id which nodes it passes, so which cluster it is in. Both train with the U-Net.
+which the U-Net adds to its time embedding. f_z says what the image looks like at each level of
+the tree, f_id which nodes it passes, so which cluster it is in. Both train with the U-Net.
 
-In: z (B, D, latent_channels, r, r) and nodes (B, D), the fields of `treevae.Path`: D is the number
-of nodes on the longest path, shorter ones are padded with node -1. Out: y (B, emb_dim).
+In: z (B, D, latent_channels, r, r) and nodes (B, D), the fields of `treevae.Path`: D is the length
+of the longest path, shorter ones are padded with node -1. Out: y (B, emb_dim).
 """
 
 import math
@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 # What y is made of. "path" is the paper's; the others are its ablation (section 4.3, Table 3):
-# z and index of the leaf, its index alone, its z alone, and nothing (y is None).
+# the leaf's z and index, its index, its z, and nothing (y is None).
 SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 
 class PathEncoder(nn.Module):
-    """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: with the pruned ones.
+    """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: pruned ones included.
 
-    ValueError for a signal that is not in SIGNALS.
+    ValueError for a signal not in SIGNALS.
     """
 
     def __init__(self, latent_shape, n_nodes, emb_dim, signal="path"):
@@ -39,8 +39,8 @@ class PathEncoder(nn.Module):
             first = nn.Linear(math.prod(latent_shape), emb_dim)
             self.f_z = nn.Sequential(first, nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if signal in ("path", "leaf", "leaf-index"):
-            # The index enters one-hot: ids are names, nothing makes node 7 more than node 3. A
-            # linear layer of a one-hot vector is nn.Embedding. The authors give f_id the number.
+            # Ids are names, so one-hot: node 7 is not more than node 3. A linear layer of a
+            # one-hot vector is nn.Embedding. The authors give f_id the number.
             first = nn.Embedding(n_nodes, emb_dim)
             self.f_id = nn.Sequential(first, nn.SiLU(), nn.Linear(emb_dim, emb_dim))
 
@@ -50,12 +50,12 @@ class PathEncoder(nn.Module):
             return None
         is_leaf = nodes == nodes.amax(1, keepdim=True)  # (B, D): ids rise along a path
         chosen = nodes >= 0 if self.signal == "path" else is_leaf
-        terms = 0.0  # becomes f_z(z_i) + f_id(i), (B, D, emb_dim)
+        terms = 0.0  # f_z(z_i) + f_id(i), (B, D, emb_dim)
         if self.f_z is not None:
-            terms = terms + self.f_z(z.flatten(2))  # one vector a node
+            terms = terms + self.f_z(z.flatten(2))
         if self.f_id is not None:
-            terms = terms + self.f_id(nodes.clamp(min=0))  # -1 has no embedding: masked below
-        return (terms * chosen.unsqueeze(2)).sum(1)  # over the nodes i of P_l
+            terms = terms + self.f_id(nodes.clamp(min=0))  # -1: masked below
+        return (terms * chosen.unsqueeze(2)).sum(1)  # over i in P_l
 
 
 if __name__ == "__main__":
@@ -66,7 +66,7 @@ if __name__ == "__main__":
     for signal in SIGNALS:
         encoder = PathEncoder((8, 1, 1), n_nodes=5, emb_dim=64, signal=signal)
         y = encoder(z, nodes)
-        if y is None:  # "none"
+        if y is None:
             print(f"  {signal:11s}  y is None: the U-Net is not conditioned")
             continue
         changes = []

@@ -1,14 +1,14 @@
-"""Every picture of a finished run, drawn into the run's folder.
+"""Every picture of a finished run, drawn into its folder.
 
     python sample.py runs/fashion              the pictures below
-    python sample.py runs/fashion --node 2     more new images below one node or leaf: node_2.png
+    python sample.py runs/fashion --node 2     node_2.png: more new images below node 2
 
 tree.png             the tree, new images and the classes at its leaves
-leaves.png           new images of each leaf, by TreeVAE's decoder and by diffusion
-one_root.png         Figure 4: the same z_0 and x_T sent through every leaf
-reconstructions.png  test images, and what the decoder and diffusion make of their paths
-denoising.png        one image of each leaf on its way out of the noise
-growth.gif           the tree after each phase of stage 1
+leaves.png           new images of each leaf, by decoder and by diffusion
+one_root.png         Figure 4: one z_0 and x_T sent through every leaf
+reconstructions.png  test images, and what decoder and diffusion make of their paths
+denoising.png        an image of each leaf on its way out of the noise
+growth.gif           the tree as it grew
 curves.png           the losses of both stages
 """
 
@@ -17,33 +17,38 @@ import csv
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 import train
+from diffusion import autocast
 from treevae import Path
 
-# Of the classes: Okabe and Ito's, which colour-blind eyes tell apart, and two more
+# Okabe and Ito's, made for the colour-blind, and two more
 COLOURS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #000000 #999999 #8b5a2b".split()
 TITLES = "test images", "TreeVAE's decoder", "diffusion"
 
 
+def rows_at_once(images):
+    """Images that go through a network at once: 200,000 pixels, 255 at 28 x 28."""
+    return max(1, 200_000 // images[0, 0].numel())
+
+
 def draw_images(run, path, steps, eta, x_T=None, seen=None):
-    """Images of n paths, by decoder and by diffusion: two (n, C, H, W) in [0, 1], on the CPU.
-    The second is None without a stage 2. x_T: (n, C, H, W), the noise to start from, drawn if
-    None. seen: a list for DDIM's (t, x_t, x0^), batch by batch."""
+    """Images of n paths by decoder and by diffusion, None without stage 2: (n, C, H, W) in [0, 1].
+    x_T: the noise to start from. seen: a list, to which each batch adds DDIM's (t, x_t, x0^)."""
     if x_T is None:
-        # All at once, on the CPU: neither batches nor the device change it
-        x_T = torch.randn(len(path.z), *run.tree.image_shape)
+        x_T = torch.randn(len(path.z), *run.tree.image_shape)  # the same on any device
     decoded, denoised = [], []
-    size = train.rows_at_once(run.tree.image_shape)
+    size = rows_at_once(x_T)
     for z, nodes, noise in zip(path.z.split(size), path.nodes.split(size), x_T.split(size)):
         part = Path(z, nodes)
         decoded.append(run.tree.decode(part).cpu())
-        if run.networks is not None:
+        if run.networks:
             noise = noise.to(run.device)
-            with train.autocast(run.device):
+            with autocast(run.device):
                 net, y = train.conditioned(run.config, run.diffusion, run.networks, run.tree, part)
                 x = run.diffusion.ddim_sample(net, noise.shape, y, steps, eta, x_T=noise, seen=seen)
             denoised.append((x.cpu() + 1) / 2)  # [-1, 1] -> [0, 1]
@@ -51,65 +56,62 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
 
 
 def paths_to_leaves(run, n, nodes=None):
-    """n new paths of the prior to each leaf, or through each of `nodes`, in that order: a Path.
-    Where fewer than n of the sampled paths pass a node, the most probable others fill up."""
-    tree, picked, leaf = run.tree, [], []
+    """n new paths to each leaf, or through each of `nodes`, one after the other: a Path.
+    Where fewer than n sampled paths pass a node, the most probable others fill up."""
+    tree, rows, leaves = run.tree, [], []
     z = tree.sample_latents(max(2048, 4 * n))  # {node: (pool, c, r, r)}
     probs = tree.prior_leaf_probs(z)  # (pool, n_leaves)
     sampled = probs.multinomial(1).squeeze(1)  # (pool,) the leaf of each path
     for node in nodes or tree.leaves:
-        below = torch.tensor([node in tree.path_to(leaf) for leaf in tree.leaves]).to(probs.device)
-        came = below[sampled]  # (pool,) bool
-        # 2 ranks the paths that passed first; the rest follow by P_p(node | z) <= 1
-        score = (probs * below).sum(1).masked_fill(came, 2.0)
-        picked.append(score.argsort(descending=True, stable=True)[:n])
-        # The others go to the most probable leaf below the node
-        likely = probs.masked_fill(~below, -1).argmax(1)
-        leaf.append(torch.where(came, sampled, likely)[picked[-1]])
-    z = {i: z_i[torch.cat(picked)] for i, z_i in z.items()}  # {node: (n * len(nodes), c, r, r)}
-    return tree.pick_path(z, torch.cat(leaf))
+        below = torch.tensor([node in tree.path_to(i) for i in tree.leaves], device=run.device)
+        passed = below[sampled]  # (pool,) bool
+        score = torch.where(passed, 2.0, (probs * below).sum(1))  # 2: before any P_p(node | z)
+        best = score.argsort(descending=True, stable=True)[:n]
+        likely = probs.masked_fill(~below, -1).argmax(1)  # for the others
+        rows.append(best)
+        leaves.append(torch.where(passed, sampled, likely)[best])
+    z = {i: z_i[torch.cat(rows)] for i, z_i in z.items()}
+    return tree.pick_path(z, torch.cat(leaves))
 
 
 def one_root(run, steps, n=4):
     """Figure 4, as `draw_images`; row k * n_leaves + l is leaf l of sample k."""
     n_leaves = len(run.tree.leaves)
-    # z does not depend on the decisions: draw it at all nodes once, then pick paths out of it.
-    # So the leaves of a sample share z at every node that their paths share, and x_T.
+    # z does not depend on the decisions: the paths of a sample share z where they share a node
     z = run.tree.sample_latents(n)  # {node: (n, c, r, r)}
     z = {i: z_i.repeat_interleave(n_leaves, 0) for i, z_i in z.items()}
     path = run.tree.pick_path(z, torch.arange(n_leaves, device=run.device).repeat(n))
-    x_T = torch.randn(n, *run.tree.image_shape).repeat_interleave(n_leaves, 0)
+    x_T = torch.randn(n, *run.tree.image_shape).repeat_interleave(n_leaves, 0)  # and x_T
     return draw_images(run, path, steps, 0.0, x_T)  # eta = 0: no other noise
 
 
 def denoising(run, steps, eta):
-    """x_t of an image of each leaf at ten or so of DDIM's times, the image last: (n_leaves,
+    """x_t of an image of each leaf at some ten of DDIM's times, then the image: (n_leaves,
     columns, C, H, W) in [0, 1]; and the times, of the paper's 1..T."""
     seen = []
     _, images = draw_images(run, paths_to_leaves(run, 1), steps, eta, seen=seen)
-    times = sorted({t for t, _, _ in seen})[::-max(1, steps // 10)]  # backwards, from the noise on
-    # DDIM passed a time once for each batch of leaves
+    times = run.diffusion.ddim_times(steps)[::-max(1, steps // 10)]  # from the noise on
+    # Each batch of leaves passed each time
     noisy = [torch.cat([x.cpu() for t, x, _ in seen if t == time]) for time in times]
     columns = [((x + 1) / 2).clamp(0, 1) for x in noisy] + [images]
     return torch.stack(columns, 1), [t + 1 for t in times]
 
 
 def count_test_images(run):
-    """Test images of each class at their most probable leaf: an array (n_leaves, n_classes)."""
+    """Test images by their most probable leaf and class: an array (n_leaves, n_classes)."""
     leaf = train.leaf_probs(run.tree, run.data.test_images.to(run.device)).argmax(1).cpu()
-    counts = np.zeros((len(run.tree.leaves), max(1, len(run.data.classes))))  # all 0 if unknown
+    counts = np.zeros((len(run.tree.leaves), max(1, len(run.data.classes))))
     np.add.at(counts, (leaf.numpy(), run.data.test_labels.numpy()), 1)
     return counts
 
 
 def save_figure(figure, file):
-    """Write a PNG, atomically."""
-    train.replace_file(file, lambda out: figure.savefig(out, dpi=150, bbox_inches="tight"))
+    """Write a PNG."""
+    figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=TITLES[1:]):
-    """Grids of images (n, C, H, W) in [0, 1] beside or above one another, so many columns each;
-    none for None. rows, heads: the names of the rows and columns."""
+    """Grids of images (n, C, H, W) in [0, 1]; rows, heads: the names of their rows and columns."""
     grids = [x for x in images if x is not None]
     n, _, side, _ = grids[0].shape
     down, across = (len(grids), 1) if stacked else (1, len(grids))
@@ -127,8 +129,8 @@ def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=T
 
 
 def draw_tree(ax, parents, leaves, shares, images, title):
-    """A tree, and below leaf k, at x = k, its images (n_leaves, n, C, H, W) in [0, 1] and share."""
-    place = {leaf: (k, 0.0) for k, leaf in enumerate(leaves)}
+    """A tree; below leaf k, at x = k: its images (n_leaves, n, C, H, W) in [0, 1], its share."""
+    place = {leaf: (k, 0.0) for k, leaf in enumerate(leaves)}  # {node: (x, y)}
     for i in reversed(range(len(parents))):  # children come before parents
         children = [place[j] for j, parent in enumerate(parents) if parent == i]
         if children:
@@ -147,94 +149,107 @@ def draw_tree(ax, parents, leaves, shares, images, title):
     ax.axis("off")
 
 
-def draw_leaf_classes(run, counts, file, steps=100, eta=0.0):
-    """tree.png, Figure 5: three new images of each leaf, share of the test images, and the classes
-    of some images: counts {their name: (n_leaves, n_classes)}."""
-    decoded, denoised = draw_images(run, paths_to_leaves(run, 3), steps, eta)  # 3 a leaf
+def draw_leaf_classes(run, counts, file, steps, eta=0.0):
+    """tree.png, Figure 5: the tree, three new images of each leaf, and the classes of some images:
+    counts {their name: (n_leaves, n_classes)}."""
+    decoded, denoised = draw_images(run, paths_to_leaves(run, 3), steps, eta)
     images = (decoded if denoised is None else denoised).unflatten(0, (-1, 3))
-    figure, shares = Figure(), count_test_images(run).sum(1) / len(run.data.test_images)
-    ax, y = figure.add_axes((0, 0, 1, 1)), -3.35
+    shares = count_test_images(run).sum(1) / len(run.data.test_images)
+    ax = Figure().add_axes((0, 0, 1, 1))
     draw_tree(ax, run.tree.parents, run.tree.leaves, shares, images,
               "New images, share of the test images, classes")
+    y = -3.35  # below the shares
     for name, table in counts.items():
         ax.text(-0.55, y, name, size=8, ha="right", va="center")
         for k, row in enumerate(table):
-            part, order = row / max(1, row.sum()), np.argsort(-row)  # the largest class first
-            left = k - 0.47 + 0.94 * (part[order].cumsum() - part[order])  # where a part begins
-            colours = np.resize(COLOURS, len(row))[order]
-            ax.barh(np.full(len(row), y), 0.94 * part[order], 0.18, left, color=colours)
-            # Three names, cut to a leaf's width
-            names = [f"{run.data.classes[c][:18]} {part[c]:.0%}" for c in order[:3] if row[c]]
+            order = np.argsort(-row)  # the largest class first
+            part = row[order] / max(1, row.sum())
+            left = k - 0.47 + 0.94 * (part.cumsum() - part)  # where a part begins
+            ax.barh(y, 0.94 * part, 0.18, left, color=np.resize(COLOURS, len(row))[order])
+            # The first three names, cut to a leaf's width
+            names = [f"{run.data.classes[c][:18]} {p:.0%}" for c, p in zip(order[:3], part) if p]
             ax.text(k - 0.47, y - 0.15, "\n".join(names), size=6.5, va="top", parse_math=False)
-        y -= 0.75  # the next kind of images
+        y -= 0.75
     ax.set_ylim(y + 0.2, None)
-    figure.set_size_inches(1.4 * np.ptp(ax.get_xlim()), 1.4 * np.ptp(ax.get_ylim()))
-    save_figure(figure, file)
+    ax.figure.set_size_inches(1.4 * np.ptp(ax.get_xlim()), 1.4 * np.ptp(ax.get_ylim()))
+    save_figure(ax.figure, file)
 
 
-def draw_growth(frames, file):
-    """growth.gif: the tree after each phase, for a second each, the last one for four."""
-    wide = max(len(frame["leaves"]) for frame in frames)
-    figure, writer = Figure((0.9 * wide + 1, 5)), PillowWriter(fps=1)
-    part = file.with_name("growth.part.gif")  # the writer wants the name's end
-    with writer.saving(figure, part, dpi=100):
-        for frame in frames + 3 * frames[-1:]:
+def draw_growth(run, file):
+    """growth.gif: the tree as it grew, split by split, with the means of the test images that now
+    reach each of its leaves or come through it."""
+    tree, images = run.tree, run.data.test_images.float() / 255
+    probs = train.leaf_probs(tree, run.data.test_images.to(run.device)).cpu()  # (N, n_leaves)
+    below = {i: [i in tree.path_to(leaf) for leaf in tree.leaves] for i in tree.ids}
+    sizes = [*range(1, len(tree.parents) + 1, 2)]  # in nodes: ids are in the order of creation
+    figure, writer = Figure((0.9 * len(tree.leaves) + 1, 5)), PillowWriter(fps=1)
+    with writer.saving(figure, file, dpi=100):
+        for size in sizes + 3 * sizes[-1:]:
+            parents = tree.parents[:size]
+            leaves = [i for i in tree.ids if i < size and i not in parents]
+            leaves.sort(key=lambda i: below[i].index(True))  # left to right
+            reach = torch.stack([probs[:, below[i]].sum(1) for i in leaves], 1)  # P(i; c)
+            shares = F.one_hot(reach.argmax(1), len(leaves)).float().mean(0)
+            means = torch.einsum("nl,nchw->lchw", reach / reach.sum(0), images)
             figure.clear()
             ax = figure.add_axes((0, 0, 1, 0.92))
-            draw_tree(ax, **frame | {"images": frame["images"][:, None] / 255})
-            ax.set(xlim=(-0.55, wide - 0.45), anchor="N")  # the same scale in all frames
+            draw_tree(ax, parents, leaves, shares, means[:, None], f"{len(leaves)} leaves")
+            ax.set(xlim=(-0.55, len(tree.leaves) - 0.45), anchor="N")  # one scale for all
             writer.grab_frame()
-    part.replace(file)
 
 
-def draw_curves(log, file, window=5):
-    """curves.png: stage 1's terms by epoch, stage 2's loss by step and its mean of so many rows."""
-    rows = list(csv.DictReader(log.read_text().splitlines()))  # {column: text}
+def draw_terms(ax, rows, names):
+    """Terms of the ELBO by epoch of stage 1; rows: of log.csv, {column: text}."""
+    rows = [row for row in rows if row["elbo"]]
+    split = np.array([row["phase"] == "grow" for row in rows], bool)
+    for name, colour in zip(names, COLOURS):
+        # A split's terms are those of one branch: no line
+        y = np.where(split, np.nan, [float(row[name]) for row in rows])
+        ax.plot(range(1, len(y) + 1), y, ".-", color=colour, label=name)
+    for k in np.flatnonzero(split):  # epoch k + 1
+        ax.axvspan(k + 0.5, k + 1.5, color="0.92", lw=0, zorder=0)
+    ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
+    ax.legend(fontsize=8, loc="center")
+
+
+def draw_curves(log, file):
+    """curves.png: stage 1's terms by epoch, stage 2's loss by step."""
+    rows = list(csv.DictReader(log.read_text().splitlines()))
     figure = Figure((13, 3.4), layout="constrained")
-    panels = ["elbo", "reconstruction"], ["kl_root", "kl_nodes", "kl_decisions"], ["loss"]
-    for ax, names in zip(figure.subplots(1, 3), panels):
-        shown = [row for row in rows if row.get(names[0])]  # no notes, no other stage
-        x = [int(row["step"]) if names == ["loss"] else k for k, row in enumerate(shown, 1)]
-        for name, colour in zip(names, COLOURS):
-            # A split's terms are those of one branch: nan, no line
-            y = [np.nan if row["phase"] == "grow" else float(row[name]) for row in shown]
-            ax.plot(x, y, ".-", color=colour, label=name)
-        for k, row in enumerate(shown, 1):
-            if row["phase"] == "grow":
-                ax.axvspan(k - 0.5, k + 0.5, color="0.92", lw=0, zorder=0)
-        ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
-        if names == ["loss"]:
-            means = [np.mean(y[max(0, k - window):k]) for k in range(1, len(y) + 1)]
-            ax.plot(x, means, color=COLOURS[1], lw=2, label="running mean")
-            ax.set(xlabel="step of stage 2", ylabel="loss a pixel, eq. (30)")
-        ax.legend(fontsize=8, loc="center")  # where the grey is, or above the loss
+    left, middle, right = figure.subplots(1, 3)
+    draw_terms(left, rows, ["elbo", "reconstruction"])
+    draw_terms(middle, rows, ["kl_root", "kl_nodes", "kl_decisions"])
+    steps = [int(row["step"]) for row in rows if row["loss"]]
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    means = [np.mean(losses[max(0, k - 5):k]) for k in range(1, len(losses) + 1)]  # of 5 rows
+    right.plot(steps, losses, ".-", color=COLOURS[0], label="loss")
+    right.plot(steps, means, color=COLOURS[1], lw=2, label="running mean")
+    right.set(xlabel="step of stage 2", ylabel="loss a pixel, eq. (30)")
+    right.legend(fontsize=8, loc="center")
     save_figure(figure, file)
 
 
 def main(argv=None):
     """Load a run, draw its pictures."""
-    parser = argparse.ArgumentParser(description="Draw every picture of a finished run.")
+    parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("run", help="the folder of a run, such as runs/fashion")
-    add("--data-root", help="folder of downloaded data sets (default: the run's)")
-    add("--node", type=int, help="only draw new images below this node or leaf, n x n of them")
-    add("--steps", type=int, default=100, help="DDIM steps, 1..T (default: 100)")
-    add("--eta", type=float, default=0.0, help="DDIM noise, 0..1 (default: 0, none)")
-    add("--seed", type=int, default=0, help="of paths and noise (default: 0)")
-    add("--n", type=int, default=8, help="images a row, 1..64 (default: 8)")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    add("run", help="a folder, such as runs/fashion")
+    add("--node", type=int, help="only draw n x n new images below this node or leaf")
+    add("--steps", type=int, default=100, help="of DDIM, 1..T; default: 100")
+    add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1; default: 0")
+    add("--seed", type=int, default=0)
+    add("--n", type=int, default=8, help="images a row, 1..64; default: 8")
     flags = parser.parse_args(argv)
-    run = train.load_run(flags.run, flags.device, flags.data_root)
-    n, steps, eta, T = flags.n, flags.steps, flags.eta, run.diffusion.timesteps
-    folder, tree = run.folder, run.tree
-    if not (1 <= n <= 64 and 1 <= steps <= T and 0 <= eta <= 1
-            and flags.node in (None, *tree.ids)):
+    run = train.load_run(flags.run)
+    folder, tree, T = run.folder, run.tree, run.diffusion.timesteps
+    n, node, steps, eta = flags.n, flags.node, flags.steps, flags.eta
+    if not (1 <= n <= 64 and 1 <= steps <= T and 0 <= eta <= 1 and node in (None, *tree.ids)):
         train.fail(f"--n must be in 1..64, --steps in 1..{T}, --eta in 0..1, --node in {tree.ids}")
-    torch.manual_seed(flags.seed % 2**32)  # so any number will do
-    if flags.node is not None:
-        path = paths_to_leaves(run, n * n, [flags.node])
-        draw_grids(folder / f"node_{flags.node}.png", draw_images(run, path, steps, eta), n)
-        print(f"wrote {folder}/node_{flags.node}.png")
+    torch.manual_seed(flags.seed % 2**32)  # any number will do
+    if node is not None:
+        file = folder / f"node_{node}.png"
+        draw_grids(file, draw_images(run, paths_to_leaves(run, n * n, [node]), steps, eta), n)
+        print(f"wrote {file}")
         return
     names = [f"leaf {leaf}" for leaf in tree.leaves]
     counts = {"": count_test_images(run)} if run.data.classes else {}
@@ -246,14 +261,13 @@ def main(argv=None):
     path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))  # to the most probable leaf
     images = x.cpu(), *draw_images(run, path, steps, eta)
     draw_grids(folder / "reconstructions.png", images, 2 * n, stacked=True, titles=TITLES)
-    if run.networks is not None:
+    if run.networks:
         images, times = denoising(run, steps, eta)
         draw_grids(folder / "denoising.png", [images.flatten(0, 1)], images.shape[1], rows=names,
                    heads=[*times, 0], titles=["x_t, t ="])
-    draw_growth(run.frames, folder / "growth.gif")
-    if (folder / "log.csv").exists():
-        draw_curves(folder / "log.csv", folder / "curves.png")
-    print(f"wrote tree.png and the other pictures of this run into {folder}")
+    draw_growth(run, folder / "growth.gif")
+    draw_curves(folder / "log.csv", folder / "curves.png")
+    print(f"wrote the pictures into {folder}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
     python train.py                              the embedded data set `shapes`, no download
     python train.py --dataset fashion            Fashion-MNIST, downloaded into --data-root
     python train.py --dataset fashion --resume   goes on where it stopped
-    python train.py --dataset my/birds           your own images, in a folder for each class or not
-    python train.py --tree runs/fashion --condition none --out runs/none     stage 2 alone
 
-Read the section Training first; settings, data sets and files above it are for looking up.
+Read the section Training first; what comes before it is for looking up.
 """
 
 import argparse
@@ -14,9 +12,7 @@ import copy
 import json
 import math
 import pathlib
-import pickle
 import sys
-import textwrap
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
@@ -28,14 +24,14 @@ from torch import nn
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from diffusion import Diffusion, UNet, eps_net
+from diffusion import Diffusion, UNet, autocast, eps_net, update_average
 from path_encoder import SIGNALS, PathEncoder
 from treevae import Path, TreeVAE, cut_features, cut_targets
 
 
 def fail(sentence):
-    """End the program with one sentence on stderr and exit code 2: for mistakes of the user."""
-    print("error:", textwrap.shorten(str(sentence), 300), file=sys.stderr)
+    """End the program for a mistake of the user: one sentence on stderr, exit code 2."""
+    print("error:", " ".join(str(sentence).split())[:300], file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -50,7 +46,7 @@ class Config:
     out: str = ""                     # the run's folder; empty: runs/<dataset>
     seed: int = 1
     device: str = "auto"              # cuda, mps or cpu; auto: the first there is
-    max_images: int = 0               # train on the first so many images only; 0: on all
+    quick: bool = False               # a few steps of every phase, on 2,048 images
     # stage 1: the networks
     latent_channels: int = 8          # of each z_i
     bottom_up_channels: int = 128     # of each d_h, and of the hidden layers in the tree
@@ -66,7 +62,7 @@ class Config:
     finetune_epochs: int = 12         # all parameters, once the tree is grown and pruned
     tree_batch_size: int = 256        # see `batch_size_for`
     grow_batch_size: int = 128        # while only a split trains
-    tree_lr_decay: str = "cosine"     # of 1e-3 over each phase; or step: x0.1 every 100 epochs
+    lr_decay: str = "cosine"          # or paper: x0.1 every 100 epochs, in stage 2 none
     kl_start: float = 0.02            # KL weight in the first epoch of the initial phase
     kl_start_later: float = 0.1       # the same in all other phases
     kl_per_epoch: float = 0.08        # what each epoch adds, up to 1
@@ -86,7 +82,6 @@ class Config:
     diffusion_epochs: int = 3         # 0: no stage 2
     diffusion_batch_size: int = 32
     diffusion_lr: float = 1e-3        # of Adam
-    diffusion_lr_decay: str = "cosine"  # or constant
     warmup_steps: int = 200           # in which that rises linearly from 0
     ema_decay: float = 0.9999         # of the weights' moving average, reached by a warm-up
 
@@ -99,11 +94,10 @@ PRESETS = {
     "paper": dict(
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
-        grow_batch_size=256, tree_lr_decay="step", kl_start=0.5, kl_start_later=0.5,
-        kl_per_epoch=0.001, contrastive=0.0, cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2",
-        unet_blocks=2, unet_attention="16", dropout=0.3, diffusion_epochs=1000,
-        diffusion_batch_size=256, diffusion_lr=2e-4, diffusion_lr_decay="constant",
-        warmup_steps=5000)}
+        grow_batch_size=256, lr_decay="paper", kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001,
+        contrastive=0.0, cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2,
+        unet_attention="16", dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256,
+        diffusion_lr=2e-4, warmup_steps=5000)}
 PAPER_32 = dict(                      # over it, at 32 x 32 x 3
     encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128,
     contrastive=100.0, contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0,
@@ -115,28 +109,27 @@ PAPER_64 = PAPER_32 | dict(           # and at 64 x 64 x 3
 DRAWN = dict(                         # over tiny: 8,000 drawings need few epochs
     max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, grow_batch_size=64,
     kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16, unet_multipliers="1,2,4")
-QUICK = dict(                         # a few steps of every phase
-    max_images=2048, max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
-    finetune_epochs=2, tree_batch_size=64, grow_batch_size=32, unet_channels=16,
-    diffusion_epochs=1, warmup_steps=5)
+QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
+             finetune_epochs=2, tree_batch_size=64, grow_batch_size=32, unet_channels=16,
+             diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two cores without a GPU",
                 small="10 minutes for fashion or mnist on a consumer GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50                            # steps of stage 2 between two rows of log.csv
-SAVE_SECONDS = 60.0                   # of stage 2 between two checkpoints; stage 1: every epoch
+SAVE_STEPS = 500                      # of stage 2 between two checkpoints; stage 1: each epoch
 MIN_SHARE = 0.01                      # a leaf with a smaller share of the images is pruned
 
 
-def choose_settings(typed, quick):
+def choose_settings(typed):
     """The Config of a new run: what is typed goes before --quick, the data set and the preset."""
     dataset, preset = typed.get("dataset", "shapes"), typed.get("preset", "auto")
     if preset == "auto":
         on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
         preset = "small" if on_gpu else "tiny"
-    row = DATASETS.get(dataset, OWN)
+    row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
     settings = PRESETS[preset] | (row.paper if preset == "paper" else row.settings)
-    return Config(**(settings | (QUICK if quick else {}) | typed | dict(preset=preset)))
+    return Config(**(settings | quick | typed | dict(preset=preset)))
 
 
 def batch_size_for(images, batch_size):
@@ -155,17 +148,12 @@ def kl_weight(config, phase, epoch):
     return min(1.0, start + rate * epoch)
 
 
-def learning_rate(lr, decay, progress, epoch=0):
-    """cosine: to 0 as `progress` goes from 0 to 1; step: x0.1 every 100 epochs; or constant."""
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return lr * dict(cosine=cosine, step=0.1 ** (epoch // 100), constant=1.0)[decay]
-
-
 # == Data: in memory as uint8; labels are for looking at results only ==============================
 
-# images (N, C, H, W) uint8 and labels (N,) long, each for training and for testing. classes: the
-# labels' names; [] where there are none, and the labels are all 0
+# images (N, C, H, W) uint8, labels (N,) long; classes: their names, [] where all labels are 0
 Data = namedtuple("Data", "images labels test_images test_labels classes")
+SHAPES = [f"{how} {what}" for how in ("filled", "outlined")
+          for what in ("disc", "ellipse", "triangle", "cross")]
 
 
 def draw_shapes(n, seed, colour):
@@ -190,7 +178,7 @@ def draw_shapes(n, seed, colour):
     kind = label[:, None, None, None]                    # 0..3 filled, 4..7 outlined
     distance = np.choose(kind % 4, [disc, ellipse, triangle, cross])
     distance = np.where(kind < 4, distance, np.abs(distance) - vary(1.0, 1.4))
-    images = vary(0.85, 1) * np.clip(0.5 - distance, 0, 1)               # a smooth outline
+    images = vary(0.85, 1) * np.clip(0.5 - distance, 0, 1)
     if colour:                                           # any bright shape on any dark ground
         bright, dark = vary(0.5, 1, 3), vary(0, 0.4, 3)
         images = dark + images * (bright - dark)
@@ -198,50 +186,34 @@ def draw_shapes(n, seed, colour):
 
 
 def load_shapes(config):
-    """The embedded data set: eight classes, 8,000 drawings for training, 2,000 for testing."""
-    colour, names = config.dataset == "shapes-rgb", ("disc", "ellipse", "triangle", "cross")
-    classes = [f"{how} {name}" for how in ("filled", "outlined") for name in names]
-    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), classes)
+    """The embedded data set."""
+    colour = config.dataset == "shapes-rgb"
+    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
 
 
 def load_arrays(config, kind):
-    """One of torchvision's data sets that are arrays, downloaded if need be."""
+    """One of torchvision's data sets that are arrays."""
     parts = []
     for train in (True, False):
         part = kind(config.data_root, train=train, download=True)
         images = torch.as_tensor(part.data)              # (N, H, W), or (N, H, W, 3)
-        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)  # N, C, H, W
-        labels, classes = part.targets, part.classes
-        if kind is datasets.CIFAR100:                    # the superclasses, not the 100 fine labels
-            folder = pathlib.Path(config.data_root, part.base_folder)
-            files = [folder / ("train" if train else "test"), folder / "meta"]
-            batch, meta = [pickle.loads(file.read_bytes(), encoding="latin1") for file in files]
-            labels, classes = batch["coarse_labels"], meta["coarse_label_names"]
-        parts += [images.contiguous(), torch.as_tensor(labels)]
-    return Data(*parts, list(classes))
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        parts += [images.contiguous(), torch.as_tensor(part.targets)]
+    return Data(*parts, list(part.classes))
 
 
 def load_files(config):
-    """Omniglot, CelebA, or your own images: in a folder for each class or not, in train/ and test/
-    or not, when a tenth is for testing."""
-    root, folder, box = pathlib.Path(config.data_root), pathlib.Path(config.dataset), None
-    if config.dataset == "omniglot":
-        for background in (True, False):
-            datasets.Omniglot(root, background, download=True)
-        folder = root / "omniglot-py"
-    elif config.dataset == "celeba":
-        datasets.CelebA(root, "all", download=True)
-        folder, box = root / "celeba" / "img_align_celeba", (15, 40, 163, 188)
+    """CelebA, or your own images, in a folder for each class or not; a tenth is for testing."""
+    folder, box = pathlib.Path(config.dataset), None
+    if config.dataset == "celeba":
+        datasets.CelebA(config.data_root, "all", download=True)
+        folder = pathlib.Path(config.data_root, "celeba", "img_align_celeba")
+        box = 15, 40, 163, 188        # the authors' crop
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-    parts = [file.relative_to(folder).parts for file in files]         # ("test", "owl", "1.png")
-    if config.dataset == "omniglot":                     # ("images_background", "Greek", ...)
-        files = [file for file, part in zip(files, parts) if part[1] in ALPHABETS]
-        parts = [part[1:] for part in parts if part[1] in ALPHABETS]
-    test = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)) % 10 == 0
-    if {"train", "test"} <= {part[0] for part in parts}:
-        test = torch.tensor([part[0] == "test" for part in parts])
-        parts = [part[1:] for part in parts]
+    np.random.default_rng(0).shuffle(files)              # not class by class
+    names = ["".join(file.relative_to(folder).parent.parts[:1]) for file in files]
+    classes, labels = np.unique(names, return_inverse=True)
     images, side = [], None
     for file in files:
         image = datasets.folder.default_loader(file).crop(box)         # RGB; None: all of it
@@ -249,26 +221,25 @@ def load_files(config):
         if side is None:                                 # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
-    images = torch.stack(images)                         # (N, 3, side, side)
+    images, labels, n = torch.stack(images), torch.from_numpy(labels), len(files) // 10
     if (images[:, :1] == images[:, 1:]).all():           # grey
         images = images[:, :1].contiguous()
-    names = [part[0] if len(part) > 1 else "" for part in parts]
-    classes, labels = np.unique(names, return_inverse=True)
-    labels, classes = torch.from_numpy(labels), classes.tolist() if len(classes) > 1 else []
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(1))
-    images, labels, test = images[order], labels[order], test[order]   # not class by class
-    return Data(images[~test], labels[~test], images[test], labels[test], classes)
+    return Data(images[n:], labels[n:], images[:n], labels[:n],
+                classes.tolist() if len(classes) > 1 else [])
 
 
-# How much the random views of an image differ; the names are those of torchvision
+# How much the random views of an image differ; the names are torchvision's
 GREY = dict(scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.5, contrast=0.0,
             saturation=0.0, hue=0.0, jitter=1.0, grey=0.0, gamma=0.5)
 COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
               saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0.0)        # the paper's
 
 
-def random_view(x, how):
+def random_view(config, x, **changes):
     """A random view of images x (B, C, H, W) in [0, 1]: cropped, flipped, in other colours."""
+    how = COLOUR if x.shape[1] == 3 else GREY
+    how = how | DATASETS.get(config.dataset, OWN).views | changes
+
     # torchvision's transforms draw one set of numbers a call; here every image has its own
     def uniform(low, high):
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -305,38 +276,29 @@ def random_view(x, how):
 DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {}])
 DATASETS = {
     "shapes": DataSet(load_shapes, DRAWN),
-    # crops in which a disc stays a disc
     "shapes-rgb": DataSet(load_shapes, DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08),
-                          PAPER_32, dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),
-    # a mirrored digit is another sign
+                          PAPER_32, dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
     "mnist": DataSet(lambda c: load_arrays(c, datasets.MNIST), views=dict(flip=0.0)),
     "fashion": DataSet(lambda c: load_arrays(c, datasets.FashionMNIST)),
     "cifar10": DataSet(lambda c: load_arrays(c, datasets.CIFAR10), {}, PAPER_32),
-    "cifar100": DataSet(lambda c: load_arrays(c, datasets.CIFAR100), dict(max_leaves=20),
-                        PAPER_32 | dict(max_leaves=20)),
-    "omniglot": DataSet(load_files, dict(max_leaves=5), dict(max_leaves=5), dict(flip=0.0)),
     "celeba": DataSet(load_files, {}, PAPER_64 | dict(diffusion_epochs=200), dict(
         scale=(0.75, 1.0), ratio=(0.8, 1.25), brightness=0.2, contrast=0.2, saturation=0.2,
         hue=0.0, grey=0.0))}
 OWN = DataSet(load_files, {}, PAPER_64)
-ALPHABETS = "Bengali Braille Glagolitic Old_Church_Slavonic_(Cyrillic) Oriya".split()  # TreeVAE's
 
 
 def load_data(config):
     """The data set of a config: drawn, read or downloaded -> Data, on the CPU; or one sentence."""
-    name = config.dataset
-    if name not in DATASETS and not pathlib.Path(name).is_dir():
-        fail(f"--dataset must be one of {', '.join(DATASETS)} or a folder of images, not {name!r}")
     try:
-        data = DATASETS.get(name, OWN).load(config)
-    except Exception as error:        # a missing network, a damaged file: they show in many ways
-        fail(f"{name} can be neither read nor downloaded: connect once, or name a folder that has "
-             f"it by --data-root ({error})")
-    some = slice(config.max_images or None)
+        data = DATASETS.get(config.dataset, OWN).load(config)
+    except Exception as error:        # no network, a damaged file, no folder: it shows in many ways
+        fail(f"--dataset {config.dataset} is none of {', '.join(DATASETS)} and no folder of images, "
+             f"or it is not in --data-root and cannot be downloaded ({error})")
+    some = slice(2048 if config.quick else None)
     return data._replace(images=data.images[some], labels=data.labels[some])
 
 
-# == The run: its device, its networks, its folder and files, its live line ========================
+# == A run: device, networks, files ================================================================
 
 def pick_device(name):
     """The named device, or the first there is of cuda, mps and cpu."""
@@ -351,20 +313,7 @@ def pick_device(name):
     return torch.device(name)
 
 
-def autocast(device):
-    """bfloat16 arithmetic where the device computes with it, else nothing."""
-    able = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=able)
-
-
-def rows_at_once(image_shape):
-    """Images that go through a network at once outside training: 200,000 pixels, 255 at 28 x 28."""
-    return max(1, 200_000 // (image_shape[1] * image_shape[2]))
-
-
-def build_tree(config, image_shape, parents=(-1, 0, 0)):
+def build_tree(config, image_shape, parents):
     """The TreeVAE of a config."""
     likelihood = "gaussian" if image_shape[0] == 3 else "bernoulli"
     return TreeVAE(image_shape, likelihood, config.latent_channels, config.bottom_up_channels,
@@ -407,8 +356,7 @@ def save_state(folder, state, **changes):
     """Update the state; write checkpoint.pt and log.csv."""
     state.update(changes)
     rows = [["" if row.get(c) is None else str(row[c]) for c in COLUMNS] for row in state["log"]]
-    text = "".join(",".join(row) + "\n" for row in [COLUMNS, *rows])
-    (folder / "log.csv").write_text(text)
+    (folder / "log.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
     replace_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
@@ -420,29 +368,26 @@ def load_file(folder, name):
             return Config(**(json.loads(path.read_text()) | dict(out=str(folder))))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:        # a damaged file shows itself in many ways
-        fail(f"{path} is missing or damaged: train with python train.py --out {folder}, and go on "
-             f"with what was interrupted by --resume ({error})")
+        fail(f"{path} is missing or damaged: train with python train.py --out {folder}, or go on "
+             f"with an interrupted run by --resume ({error})")
 
 
-# A finished run, in eval mode; data on the CPU; networks None where there is no stage 2; frames:
-# the tree after every phase, see `frame_of`
-Run = namedtuple("Run", "folder config device data tree networks diffusion frames")
+# A finished run, in eval mode; data on the CPU; networks None where there is no stage 2
+Run = namedtuple("Run", "folder config device data tree networks diffusion")
 
 
-def load_run(folder, device="auto", data_root=None):
-    """A run's folder -> Run; or one sentence where there is none, or a damaged one."""
+def load_run(folder, device="auto"):
+    """A run's folder -> Run; or one sentence where it is missing or damaged."""
     config, saved = load_file(folder, "config.json"), load_file(folder, "tree.pt")
-    config.data_root = data_root or config.data_root
     device, data, networks = pick_device(device), load_data(config), None
     tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"]).to(device)
-    tree.load_state_dict(saved["state_dict"])
+    tree.load_state_dict(saved["tree"])
     tree.requires_grad_(False).eval()
     if config.diffusion_epochs:
         networks = build_denoiser(config, tree).to(device)
         networks.load_state_dict(load_file(folder, "diffusion.pt"))
         networks.requires_grad_(False).eval()
-    return Run(pathlib.Path(folder), config, device, data, tree, networks, Diffusion().to(device),
-               saved["frames"])
+    return Run(pathlib.Path(folder), config, device, data, tree, networks, Diffusion().to(device))
 
 
 def live(text, last=False):
@@ -454,8 +399,9 @@ def live(text, last=False):
 
 
 # == Training ======================================================================================
-# `state` is what a checkpoint keeps: phase, its number n_phases, epochs or steps `done`; of a split
-# node, rows (image indices), target (cut). Seeds follow from seed, phase and epoch: resume is exact
+# `state` is what a checkpoint keeps: the phase, its number n_phases, its epochs or steps `done`; of
+# a split its node, rows (of images) and their targets. Seeds follow from seed, phase and epoch, so
+# that a resumed run is the same, bit for bit.
 
 def report(state, title, row, n_images, seconds, n_left):
     """Add a row to the log; redraw the live line: phase, time left, speed, and the row's terms."""
@@ -466,16 +412,6 @@ def report(state, title, row, n_images, seconds, n_left):
     live(f"{title}  {left} left  {n_images / seconds:.0f} images/s  {terms}", last=n_left == 0)
 
 
-def train_tree(config, state, tree, images, folder):
-    """Stage 1: initial, grow (and intermediate) until the tree is full, prune, finetune, prune."""
-    while state["phase"] != "diffusion":
-        train_phase(config, state, tree, images, folder)
-        torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
-        next_phase(config, state, tree, images)
-        state["log"].append(dict(phase=state["phase"], node=state["node"], note=state["note"]))
-        save_state(folder, state, parents=list(tree.parents), tree=tree.state_dict())
-
-
 def train_phase(config, state, tree, images, folder):
     """The epochs of one phase of stage 1: of everything or, in "grow", of a split alone."""
     phase, node, target = state["phase"], state["node"], state["target"]
@@ -484,12 +420,10 @@ def train_phase(config, state, tree, images, folder):
         rows, batch_size = state["rows"], config.grow_batch_size       # its leaf's images
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size                  # a last, smaller batch is left out
-    n_seen = n_batches * batch_size
-    n_epochs = getattr(config, f"{phase}_epochs")
+    n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     contrastive = config.contrastive * (1 if phase == "initial" else config.contrastive_later)
-    views = (COLOUR if images.shape[1] == 3 else GREY) | DATASETS.get(config.dataset, OWN).views
     tree.train_only(node)
-    trained = [p for p in tree.parameters() if p.requires_grad]          # by `train_only`
+    trained = [p for p in tree.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -503,13 +437,15 @@ def train_phase(config, state, tree, images, folder):
             targets = target[order].to(images.device).split(batch_size)
         for step in range(n_batches):
             progress = (epoch + step / n_batches) / n_epochs           # 0 .. 1
-            lr = learning_rate(1e-3, config.tree_lr_decay, progress, epoch)
+            lr = 0.5e-3 * (1 + math.cos(math.pi * progress))           # 1e-3 .. 0
+            if config.lr_decay == "paper":
+                lr = 1e-3 * 0.1 ** (epoch // 100)
             optimizer.param_groups[0]["lr"] = lr
             x = images[batches[step]].float() / 255      # (B, C, H, W) in [0, 1]
             if target is None:
-                view = random_view(x, views) if contrastive else None    # (B, C, H, W)
+                view = random_view(config, x) if contrastive else None    # (B, C, H, W)
                 if config.augmented_elbo:
-                    x = random_view(x, views)
+                    x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
             else:                     # beyond the paper: the cut's weight falls to 0 by half-way
                 visits = tree.walk(tree.bottom_up_pass(x), node)
@@ -523,10 +459,10 @@ def train_phase(config, state, tree, images, folder):
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()        # no .item(): no waiting
         means = {name: round(value.item() / n_batches, 4) for name, value in sums.items()}
-        shares = [f"{name[2:]}:{means[name]}" for name in means if name.startswith("P_")]
-        row = dict(node=node, epoch=epoch + 1, kl_weight=weight, **means)
-        report(state, f"{phase} {epoch + 1}/{n_epochs}", row | dict(leaf_shares=" ".join(shares)),
-               n_seen, time.monotonic() - began, (n_epochs - epoch - 1) * n_seen)
+        shares = " ".join(f"{k[2:]}:{mean}" for k, mean in means.items() if k.startswith("P_"))
+        row = dict(node=node, epoch=epoch + 1, kl_weight=weight, leaf_shares=shares, **means)
+        report(state, f"{phase} {epoch + 1}/{n_epochs}", row, n_seen, time.monotonic() - began,
+               (n_epochs - epoch - 1) * n_seen)
         save_state(folder, state, done=epoch + 1, optimizer=optimizer.state_dict(),
                    tree=tree.state_dict())
 
@@ -536,27 +472,30 @@ def next_phase(config, state, tree, images):
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
     guided = config.cut > 0 and config.contrastive > 0   # features to cut need the contrastive loss
-    probs = add_frame(state, tree, images, f"{ended}: {len(tree.leaves)} leaves")
     state.update(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                  target=None, note="")
+    probs = leaf_probs(tree, images)
+    sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
+    n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())           # if pruned now
     if ended == "initial" and guided and len(tree.leaves) == 2:
         # beyond the paper: the root's routers and children train again, along the best cut
         split = 0, torch.ones(len(images), dtype=torch.bool, device=images.device)
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
-    elif ended != "finetune":
-        sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-        n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())       # if pruned now
-        if n_leaves < config.max_leaves and len(tree.leaves) < 2 * config.max_leaves:
-            least = batch_size_for(images, config.tree_batch_size)     # of the images
-            split = tree.next_split(probs, least, hard=guided)
+    elif ended != "finetune" and n_leaves < config.max_leaves > len(tree.leaves) / 2:
+        least = batch_size_for(images, config.tree_batch_size)         # of the images
+        split = tree.next_split(probs, least, hard=guided)
     if split is not None:
         node, has = split             # what is new there trains, on the images that it has
         if not tree.children_of(node):
             tree.grow(node)
         rows = has.nonzero().squeeze(1)
         if guided:
-            features = [cut_features(tree, images[some].float() / 255) for some in rows.split(2000)]
+            features = []
+            for some in rows.split(1000):                # the mean over four mild views
+                x = images[some].float() / 255
+                views = [random_view(config, x, scale=(0.7, 1.0)) for _ in range(4)]
+                features.append(sum(cut_features(tree, view) for view in views) / 4)
             state["target"] = cut_targets(torch.cat(features)).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
@@ -569,22 +508,8 @@ def next_phase(config, state, tree, images):
         tree.prune(leaf)
         tree.eval()
         pruned.append(leaf)
-    if pruned:
-        add_frame(state, tree, images, f"pruned: {len(tree.leaves)} leaves")
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
     return state.update(phase=follows, note=f"pruned: {' '.join(map(str, pruned)) or 'nothing'}")
-
-
-def add_frame(state, tree, images, title):
-    """A frame of growth.gif: the tree, the leaves' shares and mean images. -> `leaf_probs`"""
-    probs = leaf_probs(tree, images)
-    shares = F.one_hot(probs.argmax(1), len(tree.leaves)).float().mean(0).tolist()
-    some = probs[:2000]               # (2000, n_leaves)
-    weight = some / some.sum(0).clamp(min=1e-6)
-    means = torch.einsum("nl,nchw->lchw", weight, images[:len(some)].float())
-    state["frames"].append(dict(title=title, parents=list(tree.parents), leaves=tree.leaves,
-                                shares=shares, images=means.clamp(0, 255).byte().cpu()))
-    return probs
 
 
 def train_diffusion(config, state, tree, images, folder):
@@ -598,25 +523,25 @@ def train_diffusion(config, state, tree, images, folder):
     networks = build_denoiser(config, tree).to(device)
     average = copy.deepcopy(networks).requires_grad_(False)              # what samples are drawn by
     optimizer = torch.optim.Adam(networks.parameters(), fused=True)
+    saved = dict(networks=networks, average=average, optimizer=optimizer)
     if state["optimizer"] is not None:
-        networks.load_state_dict(state["networks"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, part in saved.items():
+            part.load_state_dict(state[name])
     n_steps = config.diffusion_epochs * (len(images) // batch_size)
-    saved = time.monotonic()
     for first in range(state["done"], n_steps, CHUNK):
         torch.manual_seed(hash((config.seed, state["n_phases"], first)))
         began, total, last = time.monotonic(), 0.0, min(first + CHUNK, n_steps)
         rows = torch.randint(len(images), ((last - first) * batch_size,), device=device)
         x = images[rows].float() / 255                   # the images of `CHUNK` steps
-        # eq. (6): the leaf is sampled from P(l; c). The tree is frozen, so the paths of the whole
-        # chunk are drawn at once, in a quarter of the time
+        # eq. (6): the leaf is sampled from P(l; c). The tree is frozen, so the paths of all of them
+        # are drawn at once, in a quarter of the time
         path = tree.infer_path(x)
-        parts = [2 * x - 1, path.z, path.nodes]          # [0, 1] -> [-1, 1]
-        batches = zip(*[part.split(batch_size) for part in parts])
-        for step, (x0, z, nodes) in enumerate(batches, first):
-            lr = learning_rate(config.diffusion_lr, config.diffusion_lr_decay, step / n_steps)
-            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / max(1, config.warmup_steps))
+        parts = [part.split(batch_size) for part in (2 * x - 1, path.z, path.nodes)]
+        for step, (x0, z, nodes) in enumerate(zip(*parts), first):       # x0 in [-1, 1]
+            lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))
+            if config.lr_decay == "cosine":
+                lr = lr * 0.5 * (1 + math.cos(math.pi * step / n_steps))
+            optimizer.param_groups[0]["lr"] = lr
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
                 loss = diffusion.loss(net, x0, y)        # eq. (30)
@@ -624,19 +549,14 @@ def train_diffusion(config, state, tree, images, folder):
             loss.backward()
             nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
             optimizer.step()
-            # 0.9999 from the first step on would keep the random weights for some 50,000 steps
-            decay = min(config.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                means, weights = list(average.parameters()), list(networks.parameters())
-                torch._foreach_lerp_(means, weights, 1 - decay)
+            update_average(average, networks, step, config.ema_decay)
             total = total + loss.detach()
         row = dict(step=last, loss=round(total.item() / (last - first), 6))
         report(state, f"diffusion {last}/{n_steps}", row, len(rows), time.monotonic() - began,
                (n_steps - last) * batch_size)
-        if time.monotonic() - saved > SAVE_SECONDS or last == n_steps:
-            saved = time.monotonic()
-            save_state(folder, state, done=last, networks=networks.state_dict(),
-                       average=average.state_dict(), optimizer=optimizer.state_dict())
+        if last % SAVE_STEPS == 0 or last == n_steps:
+            states = {name: part.state_dict() for name, part in saved.items()}
+            save_state(folder, state, done=last, **states)
     replace_file(folder / "diffusion.pt", lambda file: torch.save(average.state_dict(), file))
 
 
@@ -644,31 +564,26 @@ def train_diffusion(config, state, tree, images, folder):
 
 def begin(argv):
     """The command line -> Config and state of a new run, or of the one to go on with."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description="Train "
-                                     "TreeDiffusion. `Config` in train.py explains the flags.")
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
+                                     description="`Config` in train.py explains the flags.")
     parser.error = fail               # one sentence, without a list of all flags
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    parser.add_argument("--quick", action="store_true", help="a few steps of every phase")
-    choices = dict(preset=["auto", *PRESETS], condition=SIGNALS, tree_lr_decay=["cosine", "step"],
-                   diffusion_lr_decay=["cosine", "constant"])
+    choices = dict(preset=["auto", *PRESETS], condition=SIGNALS, lr_decay=["cosine", "paper"])
     for f in fields(Config):
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:
             how = dict(action="store_true", help="default: off")
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     typed = vars(parser.parse_args(argv))
-    resume, quick = typed.pop("resume", False), typed.pop("quick", False)
-    config = choose_settings(typed, quick)
+    resume = typed.pop("resume", False)
+    config = choose_settings(typed)
     state = dict(phase="initial", n_phases=0, done=0, seconds=0.0, node=None, rows=None,
-                 target=None, tree=None, optimizer=None, log=[], frames=[],
+                 target=None, tree=None, optimizer=None, log=[],
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:                   # stage 2 alone, on the tree and with the settings of a run
-        if quick or "preset" in typed:
-            fail("--tree takes the settings of that run: leave out --preset and --quick")
         config = load_file(config.tree, "config.json")
         config = Config(**(asdict(config) | dict(out="") | typed))
-        saved = load_file(config.tree, "tree.pt")
-        state.update(phase="diffusion", tree=saved.pop("state_dict"), **saved)
+        state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
     folder = pathlib.Path(config.out)
     if resume:
@@ -685,8 +600,9 @@ def main(argv=None):
     """The recipe: settings, data, stage 1, stage 2."""
     config, state = begin(argv)
     data, device, folder = load_data(config), pick_device(config.device), pathlib.Path(config.out)
+    images = data.images.to(device)
     torch.manual_seed(hash((config.seed,)))
-    tree = build_tree(config, tuple(data.images.shape[1:]), state["parents"]).to(device)
+    tree = build_tree(config, tuple(images.shape[1:]), state["parents"]).to(device)
     build_denoiser(config, tree)      # a mistake in its settings shows before stage 1 is trained
     if state["tree"] is not None:
         tree.load_state_dict(state["tree"])
@@ -694,11 +610,15 @@ def main(argv=None):
     save_state(folder, state)         # so that --resume goes on from the first epoch, too
     settings = json.dumps(asdict(config), indent=1).encode()
     replace_file(folder / "config.json", lambda file: file.write(settings))
-    print(f"{config.dataset}: {len(data.images)} images {tree.image_shape}; preset {config.preset} "
-          f"on {device}, {HOW_LONG[config.preset]}; into {folder}")
-    images = data.images.to(device)
-    train_tree(config, state, tree, images, folder)
-    saved = dict(parents=tree.parents, state_dict=tree.state_dict(), frames=state["frames"])
+    print(f"{config.dataset}: {len(images)} images {tree.image_shape}; preset {config.preset} on "
+          f"{device}, {HOW_LONG[config.preset]}; into {folder}")
+    while state["phase"] != "diffusion":                 # stage 1
+        train_phase(config, state, tree, images, folder)
+        torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
+        next_phase(config, state, tree, images)
+        state["log"].append(dict(phase=state["phase"], node=state["node"], note=state["note"]))
+        save_state(folder, state, parents=list(tree.parents), tree=tree.state_dict())
+    saved = dict(parents=tree.parents, tree=tree.state_dict())
     replace_file(folder / "tree.pt", lambda file: torch.save(saved, file))
     if config.diffusion_epochs:
         train_diffusion(config, state, tree, images, folder)

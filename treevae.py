@@ -1,20 +1,18 @@
-"""TreeVAE: a variational autoencoder whose latent variables form a binary tree, without labels.
-Stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper, whose equations have no (19).
+"""TreeVAE: a variational autoencoder whose latent variables form a binary tree.
+Stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper.
 
-An image x travels from the root to a leaf. At each internal node i a *router* decides, c_i = 0:
-left, or c_i = 1: right. P(i; c), the probability that x reaches node i, is the product of the
-decisions q(c_j | x) on the way. The leaves are the clusters. Each node has a latent map z_i, and
-each leaf a decoder of its own, which draws the image from z_l.
+At each internal node i a *router* sends an image x to the left child, c_i = 0, or to the right,
+c_i = 1. P(i; c), the probability that x reaches node i, is the product of q(c_j | x) on the way.
+The leaves are the clusters. Each node i has a latent map z_i, each leaf l a decoder from z_l to x.
 
-    inference: d upwards, then z down           generation, top-down
-    x --encoder--> d_H -> ... -> d_0            z_0 ~ N(0, I)                            (12); (7)
-    d_0 -> q(z_0 | x), q(c_0 | x)               router p(c_0 | z_0)                 (16), (18); (9)
-    d_1 -> q(z_1 | z_0, x), ...                 transformations z_0 -> z_1, z_2     (13)-(17); (8)
-                                                decoders z_1 -> x, z_2 -> x                   (11)
+    inference: d upwards, then z down    generation, top-down               equations
+    x --encoder--> d_H -> ... -> d_0     z_0 ~ N(0, I)                      (12); (7)
+    d_0 -> q(z_0 | x), q(c_0 | x)        router p(c_0 | z_0)                (16), (18); (9)
+    d_1 -> q(z_1 | z_0, x), ...          transformations z_0 -> z_1, z_2    (13)-(17); (8)
+                                         decoders z_1 -> x, z_2 -> x        (11)
 
-In: images (B, C, H, W) in [0, 1]. Out: the terms of the ELBO in nats an image, leaf probabilities,
-and *paths*: the z of every node from the root to one leaf, on which stage 2 conditions its U-Net.
-Index p belongs to the generative model (theta in the paper), q to the inference model (phi).
+Images are (B, C, H, W) in [0, 1]. Stage 2 conditions its U-Net on a *path*: the z of every node
+from the root to a leaf. Index p: generative model, theta in the paper; q: inference model, phi.
 """
 
 import math
@@ -22,51 +20,52 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-PRUNED = -2         # stands for the parent of a node that was pruned
-VAR_FLOOR = 1e-7    # where q = p, KL is 0 at any variance: without a floor both may shrink, to NaN
-MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # side / 4, then halved, up, to 4
+PRUNED = -2       # in place of a pruned node's parent
+VAR_FLOOR = 1e-7  # where q = p, KL is 0 at any variance: without a floor both shrink, until NaN
+MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # an image's side -> its maps' sides
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution of z: mean and variance, both (B, latent_channels, r, r)."""
-    mu: torch.Tensor
-    var: torch.Tensor
+    """A diagonal Gaussian of z: mean and variance, (B, latent_channels, r, r) each."""
+    mu: Tensor
+    var: Tensor
 
     def sample(self):
-        """One reparametrised sample, (B, latent_channels, r, r)."""
+        """One reparametrised sample of z."""
         return self.mu + self.var.sqrt() * torch.randn_like(self.mu)
 
     def log_prob(self, z):
-        """log N(z; mu, var) in nats, summed over the dimensions of z: (B,)."""
+        """log N(z; mu, var), summed over the dimensions of z: (B,) nats."""
         log_density = -0.5 * ((z - self.mu) ** 2 / self.var + (2 * math.pi * self.var).log())
         return log_density.flatten(1).sum(1)
 
     def kl(self, p):
-        """KL(self || p) in nats, in closed form, summed over the dimensions of z: (B,)."""
+        """KL(self || p), summed over the dimensions of z: (B,) nats."""
         ratio = (self.var + (self.mu - p.mu) ** 2) / p.var
         return 0.5 * (ratio - 1 - (self.var / p.var).log()).flatten(1).sum(1)
 
 
 def precision_weighted(q, p):
-    """Eq. (15): the product of two normal densities, normalised. Two Gaussians -> a Gaussian."""
-    # Each counts by its precision 1 / var: q is what the image says of z_i, p what the parent says
-    total = q.var + p.var  # var = 1 / (1 / var_q + 1 / var_p), with the fractions cleared
-    return Gaussian((q.mu * p.var + p.mu * q.var) / total, q.var * p.var / total)
+    """Eq. (15): the product of two Gaussian densities, normalised. -> Gaussian"""
+    # q is what the image says of z_i, p what the parent says: each counts by its precision 1 / var
+    s = q.var + p.var
+    mu = (q.mu * p.var + p.mu * q.var) / s
+    return Gaussian(mu, q.var * p.var / s)  # var = 1 / (1 / var_q + 1 / var_p)
 
 
 class Path(NamedTuple):
-    """The paths of B images from the root to one leaf each; the tree's longest has D nodes."""
-    z: torch.Tensor              # (B, D, latent_channels, r, r)  root first, 0 after the leaf
-    nodes: torch.Tensor          # (B, D) long  node ids, which rise along a path; -1 after the leaf
+    """The paths of B images from the root to a leaf; the tree's longest has D nodes."""
+    z: Tensor      # (B, D, latent_channels, r, r)  root first, 0 after the leaf
+    nodes: Tensor  # (B, D) long  node ids, -1 after the leaf
 
 
-# == The networks ====================
-# All latent maps are r x r; at r = 1 every convolution among them is a linear layer.
+# == The networks ==
+# d_h and z_i are r x r maps; with r = 1 they are vectors, as in the original TreeVAE.
 
 class Conv(nn.Conv2d):
-    """A convolution that knows it is a linear layer where map and kernel are 1 x 1."""
+    """A convolution, computed as a linear layer where map and kernel are 1 x 1."""
     def forward(self, x):
         if x.shape[2:] == self.kernel_size == (1, 1):  # 2.5 times as fast on a CPU
             return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
@@ -74,15 +73,15 @@ class Conv(nn.Conv2d):
 
 
 def block(c_in, c_out, kernel=1, stride=1, conv=Conv, **kwargs):
-    """Convolution, batch norm, activation. stride: what the map's side is divided by."""
-    # Batch norm centres what a router's logit is made from, so that a fresh router divides its
-    # images. With group norm the first router sent all of Fashion-MNIST one way within an epoch.
+    """Convolution, batch norm, activation. The stride divides the map's side."""
+    # Batch norm centres a router's features, so that a new router sends images both ways. With
+    # group norm the first router sent all of Fashion-MNIST one way within an epoch.
     layer = conv(c_in, c_out, kernel, stride, padding=(kernel - stride + 1) // 2, **kwargs)
     return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
 
 class Residual(nn.Module):
-    """h + f(h), f two 3 x 3 blocks: what a "resnet" has at each resolution and a "cnn" has not."""
+    """h + f(h): what "resnet" adds to "cnn" at each resolution."""
     def __init__(self, channels):
         super().__init__()
         self.f = nn.Sequential(block(channels, channels, 3), block(channels, channels, 3))
@@ -92,54 +91,54 @@ class Residual(nn.Module):
 
 
 def make_encoder(kind, image_shape, width, channels, r):
-    """x (B, C, H, W) -> d_H (B, channels, r, r), where eq. (12) begins. kind: "cnn" or "resnet"."""
-    if image_shape[-1] not in MAP_SIDES:
-        raise ValueError(f"images of side {image_shape[-1]}: resize them to 28, 32 or 64")
-    layers = [block(image_shape[0], width, 8, 4)]  # overlapping patches: nothing is at full size
-    c = width
-    for k in range(len(MAP_SIDES[image_shape[-1]])):
+    """x (B, C, H, W) -> d_H (B, channels, r, r), eq. (12)."""
+    side = image_shape[-1]
+    if side not in MAP_SIDES:
+        raise ValueError(f"images of side {side}: resize them to 28, 32 or 64")
+    c = [width] + [2 * width] * (len(MAP_SIDES[side]) - 1)  # channels at each side
+    layers = [block(image_shape[0], c[0], 8, 4)]  # overlapping patches: no layer at full size
+    for k in range(len(c)):
         if k > 0:
-            layers.append(block(c, 2 * width, 3, 2))  # half the side
-            c = 2 * width
+            layers.append(block(c[k - 1], c[k], 3, 2))
         if kind == "resnet":
-            layers.append(Residual(c))
-    layers.append(block(c, channels, 4 // r, 4 // r))  # 4 x 4 -> r x r
+            layers.append(Residual(c[k]))
+    layers.append(block(c[-1], channels, 4 // r, 4 // r))  # 4 x 4 -> r x r
     return nn.Sequential(*layers)
 
 
 def make_decoder(kind, image_shape, width, channels, r):
-    """z_l (B, channels, r, r) -> mu_x of eq. (11) before its last activation, (B, C, H, W)."""
+    """z_l (B, channels, r, r) -> mu_x before its last activation, (B, C, H, W), eq. (11)."""
     if kind == "mlp":  # r = 1
         last = Conv(4 * width, math.prod(image_shape), 1)
         return nn.Sequential(block(channels, 4 * width), block(4 * width, 4 * width), last,
                              nn.Flatten(), nn.Unflatten(1, image_shape))
     sides = MAP_SIDES[image_shape[-1]][::-1]  # the encoder's, mirrored
-    c = [2 * width] * (len(sides) - 1) + [width]  # channels at each side
-    up = nn.ConvTranspose2d  # multiplies the side by its stride
+    c = [2 * width] * (len(sides) - 1) + [width]
+    up = nn.ConvTranspose2d  # multiplies the side by the stride
     layers = [block(channels, c[0], 4 // r, 4 // r, up)]  # r x r -> 4 x 4
     for k, side in enumerate(sides):
         if k > 0:
-            layers.append(block(c[k - 1], c[k], 3, 2, up, output_padding=1 - side % 2))  # 4 -> 8
+            layers.append(block(c[k - 1], c[k], 3, 2, up, output_padding=1 - side % 2))
         if kind == "resnet":
             layers.append(Residual(c[k]))
-    # The 4 x 4 pixels of a patch come as channels, which PixelShuffle lays out
+    # 16 channels become the 4 x 4 pixels of a patch
     layers += [nn.Conv2d(width, 16 * image_shape[0], 3, padding=1), nn.PixelShuffle(4)]
     return nn.Sequential(*layers)
 
 
 class ToGaussian(nn.Module):
-    """Features (B, c_in, r, r) -> a Gaussian of z, linear at each position: eqs. (13), (14)."""
+    """Features (B, c_in, r, r) -> a Gaussian of z, eqs. (13), (14)."""
     def __init__(self, c_in, channels):
         super().__init__()
         self.linear = Conv(c_in, 2 * channels, 1)
 
     def forward(self, h):
-        mu, raw_var = self.linear(h).float().chunk(2, 1)  # (B, channels, r, r) each
+        mu, raw_var = self.linear(h).float().chunk(2, 1)
         return Gaussian(mu, F.softplus(raw_var) + VAR_FLOOR)
 
 
 class Router(nn.Module):
-    """Features (B, c_in, r, r) -> (B,) the logit of r_i, the way to the left: eqs. (9), (18)."""
+    """Features (B, c_in, r, r) -> the logit of r_i = P(c_i = 0), (B,): eqs. (9), (18)."""
     def __init__(self, c_in, hidden, r, kernel):
         super().__init__()
         last = nn.Linear(hidden * r * r, 1)
@@ -150,39 +149,38 @@ class Router(nn.Module):
 
 
 class Node(nn.Module):
-    """The networks of one node. Which of them it has follows from its place: `TreeVAE._equip`."""
+    """The networks of one node, by its place in the tree: see `TreeVAE._equip`."""
     def __init__(self):
         super().__init__()
-        self.evidence = None         # d -> what the image says of z_i, (13), (14); every node
-        self.transformation = None   # z_pa(i) -> p(z_i | z_pa(i)), (8); every node but the root
-        self.router_p = None         # z_i -> p(c_i | z_i), (9); nodes with two children
-        self.router_q = None         # d -> q(c_i | x), (18); the same
-        self.decoder = None          # z_i -> p(x | z_i), (11); leaves
+        self.evidence = None        # d -> mu^_q, sigma^2^_q of z_i, (13), (14); every node
+        self.transformation = None  # z_pa(i) -> p(z_i | z_pa(i)), (8); every node but the root
+        self.router_p = None        # z_i -> p(c_i | z_i), (9); with two children
+        self.router_q = None        # d -> q(c_i | x), (18); with two children
+        self.decoder = None         # z_i -> p(x | z_i), (11); leaves
 
 
 class Visit(NamedTuple):
-    """What a walk down the tree finds at one node, for all B images."""
+    """What `TreeVAE.walk` computes at one node."""
     node: int
-    z: torch.Tensor              # (B, latent_channels, r, r)  a sample of q
-    q: Gaussian                  # q(z_i | z_pa(i), x), eqs. (16), (17)
-    p: Gaussian                  # p(z_i | z_pa(i)), eqs. (7), (8)
-    logit_q: torch.Tensor        # (B,) logit of r_q, eq. (18); None where there is no decision
-    logit_p: torch.Tensor        # (B,) logit of r_p, eq. (9); the same
-    log_reach_q: torch.Tensor    # (B,) log P(i; c), the probability that x reaches node i
+    z: Tensor            # (B, latent_channels, r, r)  a sample of q
+    q: Gaussian          # q(z_i | z_pa(i), x), eqs. (16), (17)
+    p: Gaussian          # p(z_i | z_pa(i)), eqs. (7), (8)
+    logit_q: Tensor      # (B,) logit of r_q, eq. (18); None without a router
+    logit_p: Tensor      # (B,) logit of r_p, eq. (9); or None
+    log_reach_q: Tensor  # (B,) log P(i; c)
 
 
 class TreeVAE(nn.Module):
-    """A tree of latent variables, eqs. (1) and (2), with the networks of its nodes.
+    """A tree of latent variables with the networks of its nodes: eqs. (1), (2).
     image_shape: (C, H, W), H = W = 28, 32 or 64. likelihood: "bernoulli" (grey) or "gaussian".
     latent_channels, representation_dim: z_i is (latent_channels, r, r), r in {1, 2, 4}.
     bottom_up_channels: of d_h and of the nodes' hidden layers. max_depth: H.
-    encoder: "cnn" or "resnet"; decoder: these or, with r = 1, "mlp"; width: their size.
-    contrastive: with the heads that `contrastive_loss` needs. parents: the tree to build.
-    Raises ValueError for settings that do not go together.
+    encoder: "cnn" or "resnet"; decoder: these or, with r = 1, "mlp"; width: their channels.
+    contrastive: with the heads of `contrastive_loss`. parents: the tree to build.
+    ValueError for unknown settings, or some that do not go together.
     """
-    # parents[i] is the id of node i's parent, -1 at the root, PRUNED once node i is gone. An id is
-    # the order of creation: it never changes, is never reused, and a child's is larger than its
-    # parent's. Of two children the one with the smaller id is the left one.
+    # parents[i] is node i's parent: -1 at the root, PRUNED if i was pruned. Ids number the nodes in
+    # order of creation, never reused: they rise along a path, and from a left child to the right.
 
     def __init__(self, image_shape, likelihood="bernoulli", latent_channels=16,
                  bottom_up_channels=32, representation_dim=4, max_depth=7, encoder="cnn",
@@ -200,11 +198,11 @@ class TreeVAE(nn.Module):
         self.hidden = bottom_up_channels  # of d_h
         self.max_depth = max_depth
         self.decoder, self.width = decoder, width
-        self.kernel = 1 if r == 1 else 3  # of the convolutions among r x r maps
+        self.kernel = 1 if r == 1 else 3  # of convolutions on r x r maps
         self.encoder = make_encoder(encoder, self.image_shape, width, self.hidden, r)
         self.bottom_up = nn.ModuleList(  # MLP_h, h = 0 .. H - 1
             [block(self.hidden, self.hidden, self.kernel) for _ in range(max_depth)])
-        self.heads = nn.ModuleList()  # the projection heads of d_h, h = 0 .. H
+        self.heads = nn.ModuleList()  # projections of d_h, h = 0 .. H
         for _ in range(max_depth + 1 if contrastive else 0):
             first = nn.Linear(self.hidden * r * r, self.hidden)
             last = nn.Linear(self.hidden, 10)
@@ -214,31 +212,31 @@ class TreeVAE(nn.Module):
         for i in self.ids:
             self._equip(i)
 
-    # -- the tree --------------------
+    # -- the tree --
 
     @property
     def ids(self):
-        """The ids of all nodes in the tree, parents before children."""
+        """The ids of all nodes, parents before children."""
         return [i for i, parent in enumerate(self.parents) if parent != PRUNED]
 
     @property
     def leaves(self):
         """The leaves' ids, left to right: the columns of `leaf_probs`."""
-        def below(i):
-            return [leaf for child in self.children_of(i) for leaf in below(child)] or [i]
-        return below(0)
+        def leaves_of(i):
+            return [l for child in self.children_of(i) for l in leaves_of(child)] or [i]
+        return leaves_of(0)
 
     @property
     def device(self):
-        """Where the parameters are."""
+        """The parameters' device."""
         return next(self.parameters()).device
 
     def children_of(self, i):
-        """Ids of node i's children, left to right; one where the other was pruned."""
+        """The ids of node i's children, left to right; one if the other was pruned."""
         return [j for j, parent in enumerate(self.parents) if parent == i]
 
     def path_to(self, i):
-        """The ids from the root to node i, both included: P_i."""
+        """P_i: the ids from the root to node i."""
         path = [i]
         while path[0] != 0:
             path.insert(0, self.parents[path[0]])
@@ -249,7 +247,7 @@ class TreeVAE(nn.Module):
         return len(self.path_to(i)) - 1
 
     def _equip(self, i):
-        """Give node i the networks that its place asks for, and take those that it does not."""
+        """Add the networks that node i needs at its place in the tree, remove others."""
         node = self.nodes[i]
         c, r, _ = self.latent_shape
         n_children = len(self.children_of(i))
@@ -269,48 +267,46 @@ class TreeVAE(nn.Module):
             node.decoder = make_decoder(self.decoder, self.image_shape, self.width, c, r)
         node.to(self.device).train(self.training)
 
-    # -- inference --------------------
+    # -- inference --
 
     def bottom_up_pass(self, x):
-        """Images -> [d_0, ..., d_H], each (B, bottom_up_channels, r, r), eq. (12)."""
+        """x -> [d_0, ..., d_H], each (B, bottom_up_channels, r, r), eq. (12)."""
         d = [self.encoder(x)]  # d_H
         for mlp in reversed(self.bottom_up):
             d.insert(0, mlp(d[0]))  # d_h = MLP_h(d_{h+1})
         return d
 
-    def _children_reach(self, i, log_reach, logit):
-        """log P of node i's children from its own, (B,), and its router's logit. {id: (B,)}"""
+    def _descend(self, i, log_reach, logit):
+        """Node i's log P(i; c) and its router's logit, (B,) each -> {child: its log P(i; c)}."""
         children = self.children_of(i)
-        if len(children) < 2:  # pruned: all that comes passes through
+        if len(children) < 2:  # one was pruned: the other gets all
             return {child: log_reach for child in children}
         left, right = children
-        return {left: log_reach + F.logsigmoid(logit),  # c_i = 0, probability r_i
-                right: log_reach + F.logsigmoid(-logit)}  # c_i = 1, 1 - r_i
+        return {left: log_reach + F.logsigmoid(logit),  # c_i = 0
+                right: log_reach + F.logsigmoid(-logit)}  # c_i = 1
 
     def _leaf_probs(self, logits, n):
-        """The product of the decisions to each leaf: {id: logit (n,)} -> (n, n_leaves)."""
+        """The routers' logits, {id: (n,)} -> the leaves' probabilities, (n, n_leaves)."""
         log_reach = {0: torch.zeros(n, device=self.device)}
         for i in self.ids:
-            log_reach |= self._children_reach(i, log_reach[i], logits.get(i))
-        return torch.stack([log_reach[leaf] for leaf in self.leaves], 1).exp()
+            log_reach |= self._descend(i, log_reach[i], logits.get(i))
+        return torch.stack([log_reach[l] for l in self.leaves], 1).exp()
 
     def leaf_probs(self, x):
-        """P(l; c) of every leaf, left to right: (B, n_leaves), rows sum to 1; eqs. (12), (18)."""
+        """P(l; c) of the leaves, left to right: (B, n_leaves), eqs. (12), (18)."""
         d = self.bottom_up_pass(x)  # no z and no decoder: deterministic in eval mode
         logits = {i: self.nodes[i].router_q(d[self.depth(i)])
                   for i in self.ids if self.nodes[i].router_q is not None}
         return self._leaf_probs(logits, len(x))
 
     def walk(self, d, below=None):
-        """One Monte Carlo walk: samples the z of every node, no decision. -> list of Visit.
-        d: `bottom_up_pass`. below: only the nodes on the path to this one, and those under it.
-        """
+        """One Monte Carlo sample of all z, but of no decision; d: `bottom_up_pass`. -> [Visit]"""
         z, visits = {}, []
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
-        for i in self.ids:  # parents before children
+        for i in self.ids:
             path = self.path_to(i)
-            if below is not None and not (below in path or i in self.path_to(below)):
-                continue
+            if below is not None and below not in path and i not in self.path_to(below):
+                continue  # neither under `below` nor on the path to it
             node, d_i = self.nodes[i], d[len(path) - 1]
             q = node.evidence(d_i)  # eqs. (13), (14), and at the root (16)
             if i == 0:
@@ -323,52 +319,49 @@ class TreeVAE(nn.Module):
             if node.router_q is not None:
                 logit_q = node.router_q(d_i)  # eq. (18): sees d, not z
                 logit_p = node.router_p(z[i])  # eq. (9)
-            log_reach |= self._children_reach(i, log_reach[i], logit_q)
+            log_reach |= self._descend(i, log_reach[i], logit_q)
             visits.append(Visit(i, z[i], q, p, logit_q, logit_p, log_reach[i]))
         return visits
 
-    # -- the ELBO --------------------
+    # -- the ELBO --
 
     def log_p_x(self, leaf, z, x):
-        """log p(x | z_l), eq. (11), summed over pixels and channels: (B,) nats."""
+        """log p(x | z_l), eq. (11), summed over pixels: (B,) nats."""
         out = self.nodes[leaf].decoder(z).float()
         if self.likelihood == "gaussian":
             return Gaussian(out, torch.ones_like(out)).log_prob(x)  # sigma = 1
         return (x * out - F.softplus(out)).flatten(1).sum(1)  # mu = sigmoid(out), in log space
 
     def elbo(self, x, visits=None):
-        """L(x | T) and its terms by one `walk`, eq. (21): {name: (B,)} in nats."""
+        """L(x | T), eq. (21), and its terms, from one `walk`: {name: (B,)} in nats."""
         if visits is None:
             visits = self.walk(self.bottom_up_pass(x))
-        zero = torch.zeros(len(x), device=x.device)
-        terms = dict(reconstruction=zero, kl_root=zero, kl_nodes=zero, kl_decisions=zero)
+        names = ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")
+        terms = {name: torch.zeros(len(x), device=x.device) for name in names}
         for v in visits:
-            reach = v.log_reach_q.exp()  # P(i; c), 1 at the root
-            name = "kl_root" if v.node == 0 else "kl_nodes"
-            terms[name] = terms[name] + reach * v.q.kl(v.p)
+            # The expectation over the decisions is exact: it weights node i's terms by P(i; c)
+            reach = v.log_reach_q.exp()  # (B,), 1 at the root
+            terms["kl_root" if v.node == 0 else "kl_nodes"] += reach * v.q.kl(v.p)
             if v.logit_q is not None:
-                r_q = v.logit_q.sigmoid()  # (B,)
-                # log q(c_i | x) - log p(c_i | z_i) of c_i = 0, left, and of c_i = 1, right
+                r_q = v.logit_q.sigmoid()
+                # log( q(c_i | x) / p(c_i | z_i) ) for c_i = 0 and c_i = 1
                 left = F.logsigmoid(v.logit_q) - F.logsigmoid(v.logit_p)
                 right = F.logsigmoid(-v.logit_q) - F.logsigmoid(-v.logit_p)
-                kl = r_q * left + (1 - r_q) * right  # (B,)
-                terms["kl_decisions"] = terms["kl_decisions"] + reach * kl
+                terms["kl_decisions"] += reach * (r_q * left + (1 - r_q) * right)
             if self.nodes[v.node].decoder is not None:
-                log_p = self.log_p_x(v.node, v.z, x)  # (B,)
-                terms["reconstruction"] = terms["reconstruction"] + reach * log_p
+                terms["reconstruction"] += reach * self.log_p_x(v.node, v.z, x)
         kl = terms["kl_root"] + terms["kl_nodes"] + terms["kl_decisions"]
         return dict(elbo=terms["reconstruction"] - kl, **terms)
 
     def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, visits=None):
-        """What training minimises: a scalar in nats an image, and {name: scalar} of its parts.
-        -E[log p(x | z)] + kl_weight * (the three KL), eq. (21), with a view of the images
-        + contrastive_weight * `contrastive_loss`. below: the terms under this node; those of the
-        path to it are frozen, constants. "P_3" is the mean P(l; c) of leaf 3.
+        """The loss, a scalar in nats an image, and {name: scalar} of its parts.
+        Minus eq. (21), its KL terms weighted; with a second view of the images, plus the weighted
+        `contrastive_loss`. below: see `walk`; terms on the path to it are constants, as it is frozen.
         """
         if visits is None:
             d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
-            visits = self.walk([h[:len(x)] for h in d], below)  # the ELBO is that of x
-        means = {name: term.mean() for name, term in self.elbo(x, visits=visits).items()}
+            visits = self.walk([h[:len(x)] for h in d], below)  # of x, not of its view
+        means = {name: term.mean() for name, term in self.elbo(x, visits).items()}
         kl = means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]
         loss = kl_weight * kl - means["reconstruction"]
         if view is not None:
@@ -376,23 +369,23 @@ class TreeVAE(nn.Module):
             loss = loss + contrastive_weight * means["contrastive"]
         for v in visits:
             if self.nodes[v.node].decoder is not None:
-                means[f"P_{v.node}"] = v.log_reach_q.exp().mean()
+                means[f"P_{v.node}"] = v.log_reach_q.exp().mean()  # P(l; c)
         return loss, means
 
     def contrastive_loss(self, d, visits, below=None):
         """NT-Xent between images and their views: a scalar. below: this node's router alone.
-        d: `bottom_up_pass` of the images, then of their views; visits: `walk` of the images' half.
+        d: `bottom_up_pass` of the images, then of their views; visits: `walk` of the images.
         """
         total = torch.zeros((), device=d[0].device)
         # Decisions, summed over routers: an image and its view go the same way, other images do not
         decide = [v for v in visits if v.logit_q is not None and below in (None, v.node)]
         if decide:
-            d_views = {v.node: d[self.depth(v.node)][len(v.z):] for v in decide}
-            r_view = torch.stack([self.nodes[i].router_q(h) for i, h in d_views.items()]).sigmoid()
-            r = torch.stack([v.logit_q for v in decide]).sigmoid()  # (n_routers, B)
+            logits = [v.logit_q for v in decide]
+            for v in decide:  # now of the views
+                logits.append(self.nodes[v.node].router_q(d[self.depth(v.node)][len(v.z):]))
+            r = torch.stack(logits).sigmoid()  # (2 * n_routers, B)
+            a, b = torch.stack([r, 1 - r], -1).chunk(2)  # (n_routers, B, 2) each
             log_reach = torch.stack([v.log_reach_q.detach() for v in decide])
-            a = torch.stack([r, 1 - r], -1)  # (n_routers, B, 2)
-            b = torch.stack([r_view, 1 - r_view], -1)
             total = total + nt_xent(a, b, 1.0, log_reach).sum()
         # Features, averaged over depths: d_h becomes invariant to crops, flips and brightness
         if below is None:
@@ -405,87 +398,84 @@ class TreeVAE(nn.Module):
         """A lower bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats.
         log 1/K sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l), K = n_samples.
         """
-        # Only z is sampled, and weighted so that the mean inside the log is unbiased; the leaves
-        # are few and summed exactly. On average the bound rises with K, towards log p(x).
+        # z is sampled, the leaves are summed: the mean inside the log is unbiased. On average the
+        # bound rises with K towards log p(x).
         d = self.bottom_up_pass(x)
         samples = []
         for _ in range(n_samples):
-            log_w = {0: torch.zeros(len(x), device=x.device)}  # log [p(z) / q(z | x)] P_p, so far
+            log_w = {0: torch.zeros(len(x), device=x.device)}
             leaves = []
             for v in self.walk(d):
-                log_w[v.node] = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)
-                log_w |= self._children_reach(v.node, log_w[v.node], v.logit_p)
+                w = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)  # log [p / q] P_p so far
+                log_w |= self._descend(v.node, w, v.logit_p)
                 if self.nodes[v.node].decoder is not None:
-                    leaves.append(log_w[v.node] + self.log_p_x(v.node, v.z, x))
+                    leaves.append(w + self.log_p_x(v.node, v.z, x))
             samples.append(torch.stack(leaves).logsumexp(0))  # sum_l, (B,)
         return torch.stack(samples).logsumexp(0) - math.log(n_samples)
 
-    # -- paths and images --------------------
-    # z does not depend on the decisions: draw the z of all nodes, then a leaf, and pick its path.
+    # -- paths and images --
+    # z does not depend on the decisions: sample z at all nodes, then a leaf, and pick its path.
 
     def sample_latents(self, n):
-        """n samples of p(z) at every node: {id: (n, latent_channels, r, r)}."""
+        """n samples of the prior of all z: {id: (n, latent_channels, r, r)}."""
         z = {0: torch.randn(n, *self.latent_shape, device=self.device)}  # eq. (7)
         for i in self.ids[1:]:
             z[i] = self.nodes[i].transformation(z[self.parents[i]]).sample()  # eq. (8)
         return z
 
     def prior_leaf_probs(self, z):
-        """P_p(l | z): the generative routers along each path. z: {id: ...} -> (n, n_leaves)."""
+        """P_p(l | z) by the generative routers; z: `sample_latents` -> (n, n_leaves)."""
         logits = {i: self.nodes[i].router_p(z[i])  # eq. (9)
                   for i in self.ids if self.nodes[i].router_p is not None}
         return self._leaf_probs(logits, len(z[0]))
 
     def pick_path(self, z, leaf):
-        """The z of all nodes, {id: (B, ...)}, and leaves (B,), columns of `leaf_probs` -> Path."""
-        length = 1 + max(self.depth(i) for i in self.leaves)
-        path_z = torch.zeros(len(leaf), length, *self.latent_shape, device=leaf.device)
-        nodes = torch.full((len(leaf), length), -1, device=leaf.device)
+        """z of all nodes, {id: (B, ...)}, and leaf (B,), columns of `leaf_probs` -> Path."""
+        D = max(len(self.path_to(l)) for l in self.leaves)
+        path_z = torch.zeros(len(leaf), D, *self.latent_shape, device=leaf.device)
+        nodes = torch.full((len(leaf), D), -1, device=leaf.device)
         for column, l in enumerate(self.leaves):
-            mine = leaf == column  # (B,)
+            here = leaf == column  # (B,)
             for k, i in enumerate(self.path_to(l)):
-                path_z[:, k] = torch.where(mine[:, None, None, None], z[i], path_z[:, k])
-                nodes[:, k] = torch.where(mine, i, nodes[:, k])
+                path_z[:, k] = torch.where(here[:, None, None, None], z[i], path_z[:, k])
+                nodes[:, k] = torch.where(here, i, nodes[:, k])
         return Path(path_z, nodes)
 
     def infer_path(self, x, leaf=None):
-        """A sample of eq. (2) given x: the z of every node on the path to `leaf`. -> Path.
-        leaf: (B,) long, columns of `leaf_probs`; sampled from P(l; c) if None, as eq. (6) asks.
-        """
+        """A sample of eq. (2) -> Path. leaf: (B,) long, columns of `leaf_probs`, or sampled."""
         visits = self.walk(self.bottom_up_pass(x))
-        if leaf is None:
+        if leaf is None:  # l ~ P(l; c), eq. (6)
             probs = self._leaf_probs({v.node: v.logit_q for v in visits}, len(x))
             leaf = torch.multinomial(probs, 1).squeeze(1)
         return self.pick_path({v.node: v.z for v in visits}, leaf)
 
     def sample_path(self, n):
-        """A sample of eqs. (1) and (10): n new paths from the prior. -> Path"""
+        """n samples of eqs. (1), (10), the prior -> Path."""
         z = self.sample_latents(n)
-        leaf = torch.multinomial(self.prior_leaf_probs(z), 1).squeeze(1)  # (n,)
+        leaf = torch.multinomial(self.prior_leaf_probs(z), 1).squeeze(1)
         return self.pick_path(z, leaf)
 
     def decode(self, path):
-        """The images of paths, mu_x of eq. (11) at each path's leaf: (B, C, H, W) in [0, 1]."""
-        images = torch.zeros(len(path.z), *self.image_shape, device=path.z.device)  # (B, C, H, W)
+        """mu_x of eq. (11) at each path's leaf: images, (B, C, H, W) in [0, 1]."""
+        images = 0.0  # (B, C, H, W)
         end = path.nodes.amax(1)  # ids rise along a path
-        for leaf in self.leaves:  # each decoder sees all B: picking rows would make a GPU wait
+        for leaf in self.leaves:  # each decodes all B rows: picking its own would make a GPU wait
             out = self.nodes[leaf].decoder(path.z[:, self.depth(leaf)]).float()
             mu_x = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
             images = torch.where((end == leaf)[:, None, None, None], mu_x, images)
         return images
 
-    # -- growing and pruning --------------------
+    # -- growing and pruning --
 
     def next_split(self, probs, min_images, hard=False):
-        """The growth rule. -> (leaf id, (N,) bool: its images), or None if none can be split.
-        probs: (N, n_leaves), `leaf_probs` of the training images. A leaf has the images with
-        P(l; c) >= min(1 / #leaves, 1/2); the one with the most, and at least min_images, is split.
+        """The growth rule. -> (leaf to split, its images: (N,) bool), or None.
+        probs: `leaf_probs` of the N training images. A leaf has the images with P(l; c) at least
+        min(1 / #leaves, 1/2); the leaf with the most is split, if they are at least min_images.
         """
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
-        sizes = has.sum(0)  # (n_leaves,)
-        if hard:
-            # Not in the paper. Leaves that share their images would be split again and again
+        sizes = has.sum(0)
+        if hard:  # not in the paper: leaves that share their images would be split again and again
             sizes = torch.bincount(probs.argmax(1), minlength=len(leaves))
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
@@ -493,12 +483,12 @@ class TreeVAE(nn.Module):
         return None
 
     def next_prune(self, probs, share=0.01):
-        """The smallest leaf's id, if the most probable of less than `share` of images, or None."""
+        """The smallest leaf if it is the most probable of less than `share` of images, or None."""
         sizes = torch.bincount(probs.argmax(1), minlength=len(self.leaves))
         return self.leaves[sizes.argmin()] if sizes.min() < share * len(probs) else None
 
     def grow(self, node_id):
-        """Split a leaf into two, whose ids are returned. ValueError: no leaf, or at max_depth."""
+        """Split a leaf -> its children's ids. ValueError if it cannot be split."""
         if node_id not in self.leaves or self.depth(node_id) >= self.max_depth:
             raise ValueError(f"node {node_id} is no leaf, or at max_depth: it cannot be split")
         self.parents += [node_id, node_id]
@@ -509,7 +499,7 @@ class TreeVAE(nn.Module):
         return children
 
     def prune(self, node_id):
-        """Take a leaf away. ValueError for a node that is no leaf, or for the root."""
+        """Remove a leaf. ValueError if it cannot be pruned."""
         if node_id not in self.leaves or node_id == 0:
             raise ValueError(f"node {node_id} is no leaf, or the root: it cannot be pruned")
         parent = self.parents[node_id]
@@ -521,90 +511,83 @@ class TreeVAE(nn.Module):
             self.prune(parent)  # a parent left with no child goes too
 
     def train_only(self, node=None):
-        """Train everything, or only what growing added to `node`: its routers and its children."""
-        # What is frozen is in eval mode, too, or its batch norm would drift to one leaf's images
+        """Train everything, or only what `grow(node)` added: its routers and its children."""
+        # Frozen parts are in eval mode, or their batch norm would drift to one leaf's images
         self.requires_grad_(node is None).train(node is None)
         if node is not None:
-            parts = [self.nodes[node].router_p, self.nodes[node].router_q]
-            for part in parts + [self.nodes[child] for child in self.children_of(node)]:
+            new = [self.nodes[child] for child in self.children_of(node)]
+            for part in [self.nodes[node].router_p, self.nodes[node].router_q, *new]:
                 part.requires_grad_(True).train()
 
 
 def nt_xent(a, b, temperature, log_weight):
-    """NT-Xent (Chen et al. 2020) of B images in two views, a and b (K, B, n), K at once: (K,).
+    """NT-Xent (Chen et al. 2020) of two views a, b of B images, at K routers or depths: (K,).
     l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
-    similarity, i' the other view of i; the mean of w_i l_i over all views. log_weight: (K, B).
+    similarity, i' the other view of i; the mean of w_i l_i. a, b: (K, B, c); log_weight: (K, B).
     """
-    views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, n)
-    K, n_views, _ = views.shape
-    log_w = torch.cat([log_weight, log_weight], 1)  # (K, 2B)
-    itself = torch.eye(n_views, dtype=torch.bool, device=a.device)
-    similarity = (views @ views.mT / temperature).masked_fill(itself, -math.inf)  # (K, 2B, 2B)
-    # Which other view is mine? Cross-entropy with answer i' = i + B or i - B. As w_i' = w_i, adding
-    # log_w takes it out of the numerator again, and leaves w_k in the denominator
-    partner = torch.arange(n_views, device=a.device).roll(n_views // 2)
-    logits = (similarity + log_w[:, None]).flatten(0, 1)
-    l = F.cross_entropy(logits, partner.repeat(K), reduction="none").view(K, n_views) + log_w
-    # Without w_k a deep router is content with telling its images from those that never come to
-    # it, and sends all its own one way: on Fashion-MNIST three of ten leaves died
+    # Without w_k a deep router learns to tell its own images from those that never reach it, and
+    # sends all its own one way: on Fashion-MNIST three of ten leaves died
+    views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, c)
+    K, n, _ = views.shape  # n = 2B
+    log_w = log_weight.repeat(1, 2)  # (K, 2B)
+    itself = torch.eye(n, dtype=torch.bool, device=a.device)
+    logits = views @ views.mT / temperature + log_w[:, None]  # (K, 2B, 2B)
+    logits = logits.masked_fill(itself, -math.inf).flatten(0, 1)
+    partner = torch.arange(n, device=a.device).roll(n // 2).repeat(K)  # i' = i + B or i - B
+    # The cross-entropy has w_i' exp(...) in its numerator: as w_i' = w_i, adding log w_i removes it
+    l = F.cross_entropy(logits, partner, reduction="none").view(K, n) + log_w
     return (log_w.exp() * l).mean(1)
 
 
-# == Beyond the paper ====================
-# A fresh router has only the ELBO to go by, and settles for whatever split comes first. Here it
-# first follows the best cut of its images' features, made invariant to crops by the contrast.
+# == Beyond the paper ==
+# With the ELBO alone a new router keeps whatever split it finds first. Here it first follows the
+# best cut of its images' features, which the contrastive loss made invariant to crops.
 
 @torch.no_grad()
 def cut_features(tree, x):
-    """Features in which images fall into clusters: (B, hidden), of a tree with projection heads."""
-    head = tree.heads[-1][:-1]  # without its last layer, which spreads the images evenly
+    """Features that form clusters, (B, hidden); the tree needs projection heads."""
+    head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
     return head(tree.bottom_up_pass(x)[-1])
 
 
-def cut_targets(features, n_points=2000, n_voters=7, n_draws=3):
-    """Where the images of a leaf shall go: (N, k) features -> (N,) in [0, 1], 1 is left.
-    The best of n_draws cuts of n_points of them; the rest follow their nearest n_voters.
-    """
-    cuts = []
-    for _ in range(n_draws):
-        points = features[torch.randperm(len(features))[:n_points].to(features.device)]
-        cuts.append((*normalized_cut(points), points))
-    _, left, points = min(cuts, key=lambda cut: cut[0])
-    left, targets = left.to(features.device).float(), []  # (n_points,)
-    for some in features.split(5000):  # all pairs at once are too many
+def cut_targets(features, n_points=2000, n_voters=7):
+    """Where to send the images of a leaf: (N, k) features -> (N,) in [0, 1], 1 is left."""
+    # n_points of them are cut; then each image follows its n_voters nearest points
+    points = features[torch.randperm(len(features))[:n_points].to(features.device)]
+    left = normalized_cut(points).to(features.device).float()  # (n_points,)
+    targets = []
+    for some in features.split(5000):  # all at once: too much memory
         near = torch.cdist(some, points).topk(min(n_voters, len(points)), largest=False).indices
         targets.append(left[near].mean(1))  # the share that goes left
     return torch.cat(targets)
 
 
 def normalized_cut(points, neighbours=15, least=0.15):
-    """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> its cost, and
-    (N,) bool. least: share of points on the smaller side. O(N^3), for a few thousand points.
-    """
+    """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> (N,) bool."""
     points = points.cpu().double()
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
     near = distance.topk(min(neighbours, len(points) - 1), largest=False).indices
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
-    graph = graph + graph.T  # an edge counts twice where both say so
-    degree = graph.sum(1)  # (N,)
-    # D^-1/2 W D^-1/2 has the normalised Laplacian's eigenvectors, in reverse order: [-2] is its
-    # second. Over the root of the degrees, it gives the order in which to try cuts
-    affinity = graph / (degree[:, None] * degree).sqrt()
-    second = torch.linalg.eigh(affinity).eigenvectors[:, -2] / degree.sqrt()
-    order = second.argsort()
+    graph = graph + graph.T  # W, symmetric
+    degree = graph.sum(1)  # the diagonal of D
+    # The second eigenvector of the Laplacian, I - affinity, over the root of the degrees sorts the
+    # points. Only cuts of this order are tried
+    affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
+    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # O(N^3); the last but one of affinity
+    order = (second / degree.sqrt()).argsort()
     graph = graph[order][:, order]
     volume = degree[order].cumsum(0)  # vol(A), A the first 1, 2, ... points
     cut = volume - 2 * graph.tril().sum(1).cumsum(0)  # vol(A) less twice the edges inside A
     cost = (cut / volume + cut / (volume[-1] - volume))[:-1]  # cut / vol(A) + cut / vol(B)
-    low = int(least * len(points))
+    low = int(least * len(points))  # each side has more
     size = 1 + low + cost[low:len(cost) - low].argmin()
-    return cost[size - 1].item(), order.argsort() < size  # a point's place in the order
+    return order.argsort() < size  # a point's rank
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     tree = TreeVAE((1, 28, 28), latent_channels=8, representation_dim=1, max_depth=3, width=8)
-    x = (torch.rand(64, 1, 28, 28) < torch.rand(64, 1, 1, 1)).float()  # dots, a few or many
+    x = (torch.rand(64, 1, 28, 28) < torch.rand(64, 1, 1, 1)).float()
     for v in tree.walk(tree.bottom_up_pass(x)):
         print(f"node {v.node}: z {tuple(v.z.shape)}, KL(q || p) {v.q.kl(v.p).mean():.2f} nats")
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)

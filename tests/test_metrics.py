@@ -91,12 +91,12 @@ def test_the_classifier_is_trained_once_for_a_data_set(channels, tmp_path, monke
     labels = torch.arange(1025) % 2                    # 8 * 128 + 1: no batch of a single image
     images = torch.randint(0, 60, (1025, channels, 8, 8)) + 120 * labels[:, None, None, None]
     data = train.Data(images.byte(), labels, images[:9], labels[:9], ["dark", "bright"])
-    run = make_run(tmp_path / "a", dataset="my/set", max_images=1025)
+    run = make_run(tmp_path / "a", dataset="my/set")
     run = run._replace(data=data, tree=SimpleNamespace(image_shape=(channels, 8, 8)))
     monkeypatch.setattr(metrics, "make_encoder", lambda *shape: nn.Sequential(
         nn.Flatten(), nn.Linear(64 * channels, 128), nn.BatchNorm1d(128), nn.ReLU()))
     views, x = [], images / 255
-    monkeypatch.setattr(train, "random_view", lambda x, of: views.append(of) or x)
+    monkeypatch.setattr(train, "random_view", lambda config, x: views.append(config) or x)
     rates = []
     def step(self, *args, real=torch.optim.AdamW.step):
         rates.append(self.param_groups[0]["lr"])
@@ -105,7 +105,7 @@ def test_the_classifier_is_trained_once_for_a_data_set(channels, tmp_path, monke
     classifier = metrics.load_classifier(run)
     assert len(rates) == 40 and max(rates) == pytest.approx(3e-3, rel=0.05) and rates[-1] < 1e-4
     assert (classifier(x).argmax(1) == labels).float().mean() > 0.95 and not classifier.training
-    assert classifier[:-1](x).shape == (1025, 128) and views == 20 * (channels - 1) * [train.COLOUR]
+    assert classifier[:-1](x).shape == (1025, 128) and views == 20 * (channels - 1) * [run.config]
     assert (tmp_path / "classifier-my_set-1025.pt").exists()
     monkeypatch.setattr(torch.optim, "AdamW", None)    # a second training would fail
     assert torch.equal(metrics.load_classifier(run)(x), classifier(x))
@@ -122,7 +122,7 @@ def make_run(folder, **settings):
     tree.nodes[0].router_q.forward = lambda d: torch.full((len(d),), -999.0)     # to leaf 2
     tree.nodes[1].router_p.forward = lambda z: torch.full((len(z),), 99.0)       # not to leaf 4
     data = train.Data(x, LABELS, x, LABELS, range(16))
-    return train.Run(folder, config, torch.device("cpu"), data, tree, "networks", Diffusion(25), [])
+    return train.Run(folder, config, torch.device("cpu"), data, tree, "networks", Diffusion(25))
 
 
 @pytest.fixture
@@ -136,13 +136,13 @@ def known(monkeypatch):
         return both[0], both[1] if run.networks else None
     classifier = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Identity())     # the brightest
     monkeypatch.setattr(metrics, "load_classifier", lambda run: classifier)
-    monkeypatch.setattr(train, "rows_at_once", lambda shape: 7)
+    monkeypatch.setattr(sample, "rows_at_once", lambda images: 7)
     monkeypatch.setattr(train, "conditioned", lambda *given: (lambda xt, t, y: 0 * xt, given))
     monkeypatch.setattr(sample, "draw_images", draw_images)
     monkeypatch.setattr(sample, "draw_leaf_classes", lambda *given: figures.append(given))
 
     def measure(run, *flags):
-        monkeypatch.setattr(train, "load_run", lambda folder, device, root: run)
+        monkeypatch.setattr(train, "load_run", lambda folder, device: run)
         metrics.main(2 * [str(run.folder)] + ["--device", "cpu", *flags])    # of the two, one
         return json.loads((run.folder / "metrics.json").read_text())
     return SimpleNamespace(measure=measure, drawn=drawn, figures=figures)
@@ -211,11 +211,11 @@ def test_seeds_of_one_method_are_mean_and_std_in_one_column():
 
 
 def test_images_and_networks_there_are_not(known, tmp_path, monkeypatch, capsys):
-    run, asked = make_run(tmp_path, max_images=5, with_reconstruction=True), []
+    run, asked = make_run(tmp_path, quick=True, with_reconstruction=True), []
     images, labels = run.data.images.repeat(70, 1, 1, 1), LABELS.repeat(70)
     run = run._replace(data=run.data._replace(test_images=images, test_labels=labels))
     inception = {"FID": metrics.load_classifier(run)[:-1]}
-    monkeypatch.setattr(train, "rows_at_once", lambda shape: 300)
+    monkeypatch.setattr(sample, "rows_at_once", lambda images: 300)
     monkeypatch.setattr(metrics, "denoising_loss", lambda run, n, seed: float(n))
     monkeypatch.setattr(metrics, "load_inception", lambda where: asked.append(where) or inception)
     without = known.measure(run)
@@ -223,7 +223,7 @@ def test_images_and_networks_there_are_not(known, tmp_path, monkeypatch, capsys)
     found = known.measure(run, "--inception-weights", "here.pth")
     fid = {k: v for k, v in found.items() if k.startswith("FID")}
     assert len(fid) == 4 and all(v == without[k.replace("FID", "FD")] for k, v in fid.items())
-    vars(run.config).update(max_images=0, condition="none")
+    vars(run.config).update(quick=False, condition="none")
     found = known.measure(run._replace(data=run.data._replace(classes=[])))
     assert (found["images"], found["denoising_loss"], asked) == (2100, 2000, ["here.pth"])
     assert not [k for k in found if k.startswith(("FD", "leaf_p", "leaf_e"))] and "elbo" in found

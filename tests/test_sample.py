@@ -22,10 +22,8 @@ def run(tmp_path, monkeypatch):
         torch.nn.init.normal_(p, std=0.2)                            # its last layer would be zero
     images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 4
     data = train.Data(images, labels, images, labels, "abcd")
-    frames = [dict(title="", parents=parents, leaves=leaves, shares=[0.2] * 3, images=images[:3])
-              for parents, leaves in (([-1, 0, 0], [1, 2]), (tree.parents, tree.leaves))]
-    run = train.Run(tmp_path, config, torch.device("cpu"), data, tree, nets, Diffusion(), frames)
-    monkeypatch.setattr(train, "load_run", lambda folder, device, data_root: run)
+    run = train.Run(tmp_path, config, torch.device("cpu"), data, tree, nets, Diffusion())
+    monkeypatch.setattr(train, "load_run", lambda folder: run)
     return run
 
 
@@ -84,7 +82,7 @@ def test_one_root_shares_noise_and_the_z_of_shared_nodes(run, monkeypatch, calls
     for shared in (x_T, z[:, :, 0], z[:, 1:, 1]):              # z_0 by all, z_2 by leaves 3 and 4
         assert torch.equal(shared, shared[:, :1].expand_as(shared))
         assert len(shared.flatten(0, 1).unique(dim=0)) == 4
-    monkeypatch.setattr(train, "rows_at_once", lambda image_shape: 2)
+    monkeypatch.setattr(sample, "rows_at_once", lambda images: 2)
     images, times = sample.denoising(run, 25, 0.0)
     (_, path, steps, _), kwargs, result = drawn[1]  # what DDIM saw
     assert times == [t + 1 for t in run.diffusion.ddim_times(25)][::-2]
@@ -150,7 +148,12 @@ def test_the_command_draws_every_picture(run, calls, monkeypatch):
     assert torch.equal(x, run.data.test_images[:6] / 255) and torch.equal(paths[0][0][0], x)
     assert reconstructions[0][1] is paths[0][2] and tuple(images) == reconstructions[2]
     assert paths[0][2].nodes.amax(1).tolist() == [1, 3, 4] * 2 and how["stacked"] and columns == 6
-    assert torch.equal(trees[1][1]["images"][:, 0], run.frames[0]["images"] / 255)
+    grown = [args[1:] for args, _, _ in trees[1:]]         # a root, two leaves, three
+    assert [(len(parents), leaves) for parents, leaves, *_ in grown] == [
+        (1, [0]), (3, [1, 2])] + 4 * [(5, [1, 3, 4])]
+    _, _, shares, means, _ = grown[1]                      # leaf 1 has every third image
+    assert shares.tolist() == pytest.approx([14 / 40, 26 / 40])
+    assert torch.allclose(means[0, 0], run.data.images[::3].float().mean(0) / 255, atol=1e-5)
     monkeypatch.setattr(train, "load_run", lambda *given: run._replace(networks=None))
     sample.main([str(run.folder), "--n", "1"])
     assert [args[0].stem for args, _, _ in grids[4:]] == ["leaves", "one_root", "reconstructions"]
