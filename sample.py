@@ -17,7 +17,6 @@ import csv
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
@@ -176,40 +175,23 @@ def draw_leaf_classes(run, counts, file, steps, eta=0.0):
 
 
 def draw_growth(run, file):
-    """growth.gif: the tree as it grew, split by split, with the means of the test images that now
-    reach each of its leaves or come through it."""
+    """growth.gif: the tree split by split, with the mean test image of each of its leaves."""
     tree, images = run.tree, run.data.test_images.float() / 255
     probs = train.leaf_probs(tree, run.data.test_images.to(run.device)).cpu()  # (N, n_leaves)
     below = {i: [i in tree.path_to(leaf) for leaf in tree.leaves] for i in tree.ids}
-    sizes = [*range(1, len(tree.parents) + 1, 2)]  # in nodes: ids are in the order of creation
     figure, writer = Figure((0.9 * len(tree.leaves) + 1, 5)), PillowWriter(fps=1)
     with writer.saving(figure, file, dpi=100):
-        for size in sizes + 3 * sizes[-1:]:
+        for size in range(1, len(tree.parents) + 1, 2):  # ids are in the order of creation
             parents = tree.parents[:size]
             leaves = [i for i in tree.ids if i < size and i not in parents]
             leaves.sort(key=lambda i: below[i].index(True))  # left to right
             reach = torch.stack([probs[:, below[i]].sum(1) for i in leaves], 1)  # P(i; c)
-            shares = F.one_hot(reach.argmax(1), len(leaves)).float().mean(0)
             means = torch.einsum("nl,nchw->lchw", reach / reach.sum(0), images)
             figure.clear()
             ax = figure.add_axes((0, 0, 1, 0.92))
-            draw_tree(ax, parents, leaves, shares, means[:, None], f"{len(leaves)} leaves")
+            draw_tree(ax, parents, leaves, reach.mean(0), means[:, None], f"leaves: {len(leaves)}")
             ax.set(xlim=(-0.55, len(tree.leaves) - 0.45), anchor="N")  # one scale for all
             writer.grab_frame()
-
-
-def draw_terms(ax, rows, names):
-    """Terms of the ELBO by epoch of stage 1; rows: of log.csv, {column: text}."""
-    rows = [row for row in rows if row["elbo"]]
-    split = np.array([row["phase"] == "grow" for row in rows], bool)
-    for name, colour in zip(names, COLOURS):
-        # A split's terms are those of one branch: no line
-        y = np.where(split, np.nan, [float(row[name]) for row in rows])
-        ax.plot(range(1, len(y) + 1), y, ".-", color=colour, label=name)
-    for k in np.flatnonzero(split):  # epoch k + 1
-        ax.axvspan(k + 0.5, k + 1.5, color="0.92", lw=0, zorder=0)
-    ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
-    ax.legend(fontsize=8, loc="center")
 
 
 def draw_curves(log, file):
@@ -217,15 +199,25 @@ def draw_curves(log, file):
     rows = list(csv.DictReader(log.read_text().splitlines()))
     figure = Figure((13, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    draw_terms(left, rows, ["elbo", "reconstruction"])
-    draw_terms(middle, rows, ["kl_root", "kl_nodes", "kl_decisions"])
+    epochs = [row for row in rows if row["elbo"]]
+    split = np.array([row["phase"] == "grow" for row in epochs], bool)
+    terms = {left: ["elbo", "reconstruction"], middle: ["kl_root", "kl_nodes", "kl_decisions"]}
+    for ax, names in terms.items():
+        for name in names:
+            # A split's terms are those of one branch: no line
+            y = np.where(split, np.nan, [float(row[name]) for row in epochs])
+            ax.plot(range(1, len(y) + 1), y, ".-", label=name)
+        for k in np.flatnonzero(split):  # epoch k + 1
+            ax.axvspan(k + 0.5, k + 1.5, color="0.92", lw=0, zorder=0)
+        ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
     steps = [int(row["step"]) for row in rows if row["loss"]]
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     means = [np.mean(losses[max(0, k - 5):k]) for k in range(1, len(losses) + 1)]  # of 5 rows
-    right.plot(steps, losses, ".-", color=COLOURS[0], label="loss")
-    right.plot(steps, means, color=COLOURS[1], lw=2, label="running mean")
+    right.plot(steps, losses, ".-", label="loss")
+    right.plot(steps, means, lw=2, label="running mean")
     right.set(xlabel="step of stage 2", ylabel="loss a pixel, eq. (30)")
-    right.legend(fontsize=8, loc="center")
+    for ax in left, middle, right:
+        ax.legend(fontsize=8, loc="center")
     save_figure(figure, file)
 
 

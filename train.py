@@ -124,7 +124,7 @@ MIN_SHARE = 0.01                      # a leaf with a smaller share of the image
 def choose_settings(typed):
     """The Config of a new run: what is typed goes before --quick, the data set and the preset."""
     dataset, preset = typed.get("dataset", "shapes"), typed.get("preset", "auto")
-    if preset == "auto":
+    if preset == "auto":              # drawings need no large U-Net
         on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
         preset = "small" if on_gpu else "tiny"
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
@@ -237,11 +237,10 @@ COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, 
 
 def random_view(config, x, **changes):
     """A random view of images x (B, C, H, W) in [0, 1]: cropped, flipped, in other colours."""
-    how = COLOUR if x.shape[1] == 3 else GREY
-    how = how | DATASETS.get(config.dataset, OWN).views | changes
+    how = (COLOUR if x.shape[1] == 3 else GREY) | DATASETS.get(config.dataset, OWN).views | changes
 
-    # torchvision's transforms draw one set of numbers a call; here every image has its own
     def uniform(low, high):
+        # A number for each image; torchvision's transforms draw one for the whole batch
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
     area, ratio = uniform(*how["scale"]), uniform(*map(math.log, how["ratio"])).exp()
@@ -291,9 +290,9 @@ def load_data(config):
     """The data set of a config: drawn, read or downloaded -> Data, on the CPU; or one sentence."""
     try:
         data = DATASETS.get(config.dataset, OWN).load(config)
-    except Exception as error:        # no network, a damaged file, no folder: it shows in many ways
-        fail(f"--dataset {config.dataset} is none of {', '.join(DATASETS)} and no folder of images, "
-             f"or it is not in --data-root and cannot be downloaded ({error})")
+    except Exception as error:        # no network, a damaged file, ...: it shows in many ways
+        fail(f"--dataset {config.dataset} is none of {', '.join(DATASETS)}, nor a folder of "
+             f"images, or it is not in --data-root and cannot be downloaded ({error})")
     some = slice(2048 if config.quick else None)
     return data._replace(images=data.images[some], labels=data.labels[some])
 
@@ -380,13 +379,13 @@ def load_run(folder, device="auto"):
     """A run's folder -> Run; or one sentence where it is missing or damaged."""
     config, saved = load_file(folder, "config.json"), load_file(folder, "tree.pt")
     device, data, networks = pick_device(device), load_data(config), None
-    tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"]).to(device)
+    tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"])
     tree.load_state_dict(saved["tree"])
-    tree.requires_grad_(False).eval()
+    tree.to(device).requires_grad_(False).eval()
     if config.diffusion_epochs:
-        networks = build_denoiser(config, tree).to(device)
+        networks = build_denoiser(config, tree)
         networks.load_state_dict(load_file(folder, "diffusion.pt"))
-        networks.requires_grad_(False).eval()
+        networks.to(device).requires_grad_(False).eval()
     return Run(pathlib.Path(folder), config, device, data, tree, networks, Diffusion().to(device))
 
 
@@ -407,9 +406,9 @@ def report(state, title, row, n_images, seconds, n_left):
     """Add a row to the log; redraw the live line: phase, time left, speed, and the row's terms."""
     state["seconds"] += seconds
     state["log"].append(dict(seconds=round(state["seconds"]), phase=state["phase"], **row))
-    left = f"{n_left * seconds / n_images / 60:.0f} min"
     terms = "  ".join(f"{name} {row[name]:.4g}" for name in TERMS if name in row)
-    live(f"{title}  {left} left  {n_images / seconds:.0f} images/s  {terms}", last=n_left == 0)
+    live(f"{title}  {n_left * seconds / n_images / 60:.0f} min left  {n_images / seconds:.0f} "
+         f"images/s  {terms}", last=n_left == 0)
 
 
 def train_phase(config, state, tree, images, folder):
@@ -471,9 +470,9 @@ def next_phase(config, state, tree, images):
     """The algorithm of stage 1: what follows the phase that ended. Grows or prunes the tree."""
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
-    guided = config.cut > 0 and config.contrastive > 0   # features to cut need the contrastive loss
-    state.update(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
-                 target=None, note="")
+    guided = config.cut > 0 and config.contrastive > 0   # the contrast makes the features to cut
+    state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
+                  target=None, note="")
     probs = leaf_probs(tree, images)
     sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
     n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())           # if pruned now
@@ -492,7 +491,7 @@ def next_phase(config, state, tree, images):
         rows = has.nonzero().squeeze(1)
         if guided:
             features = []
-            for some in rows.split(1000):                # the mean over four mild views
+            for some in rows.split(1000):                # means over four mild views
                 x = images[some].float() / 255
                 views = [random_view(config, x, scale=(0.7, 1.0)) for _ in range(4)]
                 features.append(sum(cut_features(tree, view) for view in views) / 4)
@@ -564,15 +563,14 @@ def train_diffusion(config, state, tree, images, folder):
 
 def begin(argv):
     """The command line -> Config and state of a new run, or of the one to go on with."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS,
-                                     description="`Config` in train.py explains the flags.")
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error = fail               # one sentence, without a list of all flags
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     choices = dict(preset=["auto", *PRESETS], condition=SIGNALS, lr_decay=["cosine", "paper"])
-    for f in fields(Config):
+    for f in fields(Config):          # the comments there say what they are
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:
-            how = dict(action="store_true", help="default: off")
+            how = dict(action="store_true")
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)

@@ -3,7 +3,7 @@ Stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper.
 
 At each internal node i a *router* sends an image x to the left child, c_i = 0, or to the right,
 c_i = 1. P(i; c), the probability that x reaches node i, is the product of q(c_j | x) on the way.
-The leaves are the clusters. Each node i has a latent map z_i, each leaf l a decoder from z_l to x.
+The leaves are the clusters. Node i has a latent map z_i, leaf l a decoder from z_l to the image.
 
     inference: d upwards, then z down    generation, top-down               equations
     x --encoder--> d_H -> ... -> d_0     z_0 ~ N(0, I)                      (12); (7)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 PRUNED = -2       # in place of a pruned node's parent
 VAR_FLOOR = 1e-7  # where q = p, KL is 0 at any variance: without a floor both shrink, until NaN
-MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # an image's side -> its maps' sides
+MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # image side -> map sides
 
 
 class Gaussian(NamedTuple):
@@ -37,12 +37,12 @@ class Gaussian(NamedTuple):
         return self.mu + self.var.sqrt() * torch.randn_like(self.mu)
 
     def log_prob(self, z):
-        """log N(z; mu, var), summed over the dimensions of z: (B,) nats."""
-        log_density = -0.5 * ((z - self.mu) ** 2 / self.var + (2 * math.pi * self.var).log())
-        return log_density.flatten(1).sum(1)
+        """log N(z; mu, var), summed over z's dimensions: (B,) nats."""
+        log_p = -0.5 * ((z - self.mu) ** 2 / self.var + (2 * math.pi * self.var).log())
+        return log_p.flatten(1).sum(1)
 
     def kl(self, p):
-        """KL(self || p), summed over the dimensions of z: (B,) nats."""
+        """KL(self || p), summed over z's dimensions: (B,) nats."""
         ratio = (self.var + (self.mu - p.mu) ** 2) / p.var
         return 0.5 * (ratio - 1 - (self.var / p.var).log()).flatten(1).sum(1)
 
@@ -57,8 +57,8 @@ def precision_weighted(q, p):
 
 class Path(NamedTuple):
     """The paths of B images from the root to a leaf; the tree's longest has D nodes."""
-    z: Tensor      # (B, D, latent_channels, r, r)  root first, 0 after the leaf
-    nodes: Tensor  # (B, D) long  node ids, -1 after the leaf
+    z: Tensor      # (B, D, latent_channels, r, r), root first; 0 after the leaf
+    nodes: Tensor  # (B, D) long, node ids; -1 after the leaf
 
 
 # == The networks ==
@@ -75,7 +75,7 @@ class Conv(nn.Conv2d):
 def block(c_in, c_out, kernel=1, stride=1, conv=Conv, **kwargs):
     """Convolution, batch norm, activation. The stride divides the map's side."""
     # Batch norm centres a router's features, so that a new router sends images both ways. With
-    # group norm the first router sent all of Fashion-MNIST one way within an epoch.
+    # group norm the first router soon sent all of Fashion-MNIST one way.
     layer = conv(c_in, c_out, kernel, stride, padding=(kernel - stride + 1) // 2, **kwargs)
     return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
@@ -162,7 +162,7 @@ class Node(nn.Module):
 class Visit(NamedTuple):
     """What `TreeVAE.walk` computes at one node."""
     node: int
-    z: Tensor            # (B, latent_channels, r, r)  a sample of q
+    z: Tensor            # (B, latent_channels, r, r), a sample of q
     q: Gaussian          # q(z_i | z_pa(i), x), eqs. (16), (17)
     p: Gaussian          # p(z_i | z_pa(i)), eqs. (7), (8)
     logit_q: Tensor      # (B,) logit of r_q, eq. (18); None without a router
@@ -174,10 +174,10 @@ class TreeVAE(nn.Module):
     """A tree of latent variables with the networks of its nodes: eqs. (1), (2).
     image_shape: (C, H, W), H = W = 28, 32 or 64. likelihood: "bernoulli" (grey) or "gaussian".
     latent_channels, representation_dim: z_i is (latent_channels, r, r), r in {1, 2, 4}.
-    bottom_up_channels: of d_h and of the nodes' hidden layers. max_depth: H.
+    bottom_up_channels: of d_h and the nodes' hidden layers. max_depth: H.
     encoder: "cnn" or "resnet"; decoder: these or, with r = 1, "mlp"; width: their channels.
     contrastive: with the heads of `contrastive_loss`. parents: the tree to build.
-    ValueError for unknown settings, or some that do not go together.
+    ValueError for unknown settings or combinations.
     """
     # parents[i] is node i's parent: -1 at the root, PRUNED if i was pruned. Ids number the nodes in
     # order of creation, never reused: they rise along a path, and from a left child to the right.
@@ -198,7 +198,7 @@ class TreeVAE(nn.Module):
         self.hidden = bottom_up_channels  # of d_h
         self.max_depth = max_depth
         self.decoder, self.width = decoder, width
-        self.kernel = 1 if r == 1 else 3  # of convolutions on r x r maps
+        self.kernel = 1 if r == 1 else 3  # on r x r maps
         self.encoder = make_encoder(encoder, self.image_shape, width, self.hidden, r)
         self.bottom_up = nn.ModuleList(  # MLP_h, h = 0 .. H - 1
             [block(self.hidden, self.hidden, self.kernel) for _ in range(max_depth)])
@@ -247,7 +247,7 @@ class TreeVAE(nn.Module):
         return len(self.path_to(i)) - 1
 
     def _equip(self, i):
-        """Add the networks that node i needs at its place in the tree, remove others."""
+        """Add the networks that node i's place in the tree needs, remove the others."""
         node = self.nodes[i]
         c, r, _ = self.latent_shape
         n_children = len(self.children_of(i))
@@ -277,7 +277,7 @@ class TreeVAE(nn.Module):
         return d
 
     def _descend(self, i, log_reach, logit):
-        """Node i's log P(i; c) and its router's logit, (B,) each -> {child: its log P(i; c)}."""
+        """log P(i; c) of node i and its router's logit, (B,) each -> {child: its log P}."""
         children = self.children_of(i)
         if len(children) < 2:  # one was pruned: the other gets all
             return {child: log_reach for child in children}
@@ -286,7 +286,7 @@ class TreeVAE(nn.Module):
                 right: log_reach + F.logsigmoid(-logit)}  # c_i = 1
 
     def _leaf_probs(self, logits, n):
-        """The routers' logits, {id: (n,)} -> the leaves' probabilities, (n, n_leaves)."""
+        """Router logits, {id: (n,)} -> leaf probabilities, (n, n_leaves)."""
         log_reach = {0: torch.zeros(n, device=self.device)}
         for i in self.ids:
             log_reach |= self._descend(i, log_reach[i], logits.get(i))
@@ -355,8 +355,8 @@ class TreeVAE(nn.Module):
 
     def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, visits=None):
         """The loss, a scalar in nats an image, and {name: scalar} of its parts.
-        Minus eq. (21), its KL terms weighted; with a second view of the images, plus the weighted
-        `contrastive_loss`. below: see `walk`; terms on the path to it are constants, as it is frozen.
+        Minus eq. (21), its KL terms weighted; given a second view of the images, plus the weighted
+        `contrastive_loss`. below: see `walk`; the path to it is frozen, so its terms are constants.
         """
         if visits is None:
             d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
@@ -380,11 +380,11 @@ class TreeVAE(nn.Module):
         # Decisions, summed over routers: an image and its view go the same way, other images do not
         decide = [v for v in visits if v.logit_q is not None and below in (None, v.node)]
         if decide:
-            logits = [v.logit_q for v in decide]
-            for v in decide:  # now of the views
-                logits.append(self.nodes[v.node].router_q(d[self.depth(v.node)][len(v.z):]))
-            r = torch.stack(logits).sigmoid()  # (2 * n_routers, B)
-            a, b = torch.stack([r, 1 - r], -1).chunk(2)  # (n_routers, B, 2) each
+            views = [(v.node, d[self.depth(v.node)][len(v.z):]) for v in decide]
+            r_view = torch.stack([self.nodes[i].router_q(h) for i, h in views]).sigmoid()
+            r = torch.stack([v.logit_q for v in decide]).sigmoid()  # (n_routers, B)
+            a = torch.stack([r, 1 - r], -1)  # (n_routers, B, 2)
+            b = torch.stack([r_view, 1 - r_view], -1)
             log_reach = torch.stack([v.log_reach_q.detach() for v in decide])
             total = total + nt_xent(a, b, 1.0, log_reach).sum()
         # Features, averaged over depths: d_h becomes invariant to crops, flips and brightness
@@ -406,7 +406,7 @@ class TreeVAE(nn.Module):
             log_w = {0: torch.zeros(len(x), device=x.device)}
             leaves = []
             for v in self.walk(d):
-                w = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)  # log [p / q] P_p so far
+                w = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)  # log [p / q] P_p, so far
                 log_w |= self._descend(v.node, w, v.logit_p)
                 if self.nodes[v.node].decoder is not None:
                     leaves.append(w + self.log_p_x(v.node, v.z, x))
@@ -475,7 +475,7 @@ class TreeVAE(nn.Module):
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
         sizes = has.sum(0)
-        if hard:  # not in the paper: leaves that share their images would be split again and again
+        if hard:  # not in the paper: leaves that share images would be split again and again
             sizes = torch.bincount(probs.argmax(1), minlength=len(leaves))
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
@@ -525,8 +525,8 @@ def nt_xent(a, b, temperature, log_weight):
     l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
     similarity, i' the other view of i; the mean of w_i l_i. a, b: (K, B, c); log_weight: (K, B).
     """
-    # Without w_k a deep router learns to tell its own images from those that never reach it, and
-    # sends all its own one way: on Fashion-MNIST three of ten leaves died
+    # Without w_k a deep router learns to tell its images from those that never reach it, and sends
+    # all of its own one way: on Fashion-MNIST three of ten leaves died.
     views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, c)
     K, n, _ = views.shape  # n = 2B
     log_w = log_weight.repeat(1, 2)  # (K, 2B)
@@ -534,7 +534,7 @@ def nt_xent(a, b, temperature, log_weight):
     logits = views @ views.mT / temperature + log_w[:, None]  # (K, 2B, 2B)
     logits = logits.masked_fill(itself, -math.inf).flatten(0, 1)
     partner = torch.arange(n, device=a.device).roll(n // 2).repeat(K)  # i' = i + B or i - B
-    # The cross-entropy has w_i' exp(...) in its numerator: as w_i' = w_i, adding log w_i removes it
+    # Cross-entropy has w_i' exp(...) in the numerator: as w_i' = w_i, adding log w_i removes w_i'
     l = F.cross_entropy(logits, partner, reduction="none").view(K, n) + log_w
     return (log_w.exp() * l).mean(1)
 
@@ -552,9 +552,9 @@ def cut_features(tree, x):
 
 def cut_targets(features, n_points=2000, n_voters=7):
     """Where to send the images of a leaf: (N, k) features -> (N,) in [0, 1], 1 is left."""
-    # n_points of them are cut; then each image follows its n_voters nearest points
+    # n_points of them are cut; each image follows the n_voters nearest points
     points = features[torch.randperm(len(features))[:n_points].to(features.device)]
-    left = normalized_cut(points).to(features.device).float()  # (n_points,)
+    left = normalized_cut(points).to(features.device).float()
     targets = []
     for some in features.split(5000):  # all at once: too much memory
         near = torch.cdist(some, points).topk(min(n_voters, len(points)), largest=False).indices
@@ -570,16 +570,16 @@ def normalized_cut(points, neighbours=15, least=0.15):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T  # W, symmetric
     degree = graph.sum(1)  # the diagonal of D
-    # The second eigenvector of the Laplacian, I - affinity, over the root of the degrees sorts the
-    # points. Only cuts of this order are tried
+    # The second eigenvector of the Laplacian, I - affinity, divided by sqrt(degree), sorts the
+    # points. Only cuts of this order are tried.
     affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
-    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # O(N^3); the last but one of affinity
+    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # ascending; O(N^3)
     order = (second / degree.sqrt()).argsort()
     graph = graph[order][:, order]
     volume = degree[order].cumsum(0)  # vol(A), A the first 1, 2, ... points
     cut = volume - 2 * graph.tril().sum(1).cumsum(0)  # vol(A) less twice the edges inside A
     cost = (cut / volume + cut / (volume[-1] - volume))[:-1]  # cut / vol(A) + cut / vol(B)
-    low = int(least * len(points))  # each side has more
+    low = int(least * len(points))  # each side has more points
     size = 1 + low + cost[low:len(cost) - low].argmin()
     return order.argsort() < size  # a point's rank
 
