@@ -163,7 +163,7 @@ def load_classifier(run):
 
 def batches(run, images):
     """Images uint8 -> batches (B, C, H, W) in [0, 1] on the device; a live line."""
-    parts = images.split(sample.rows_at_once(images))
+    parts = images.split(max(1, sample.PIXELS // images[0, 0].numel()))
     for k, part in enumerate(parts, 1):
         train.live(f"batch {k} of {len(parts)}")
         yield part.to(run.device).float() / 255

@@ -28,11 +28,7 @@ from treevae import Path
 # Okabe and Ito's, made for the colour-blind, and two more
 COLOURS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #000000 #999999 #8b5a2b".split()
 TITLES = "test images", "TreeVAE's decoder", "diffusion"
-
-
-def rows_at_once(images):
-    """Images that go through a network at once: 200,000 pixels, 255 at 28 x 28."""
-    return max(1, 200_000 // images[0, 0].numel())
+PIXELS = 200_000  # that go through a network at once: 255 images of 28 x 28
 
 
 def draw_images(run, path, steps, eta, x_T=None, seen=None):
@@ -41,7 +37,7 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
     if x_T is None:
         x_T = torch.randn(len(path.z), *run.tree.image_shape)  # the same on any device
     decoded, denoised = [], []
-    size = rows_at_once(x_T)
+    size = max(1, PIXELS // x_T[0, 0].numel())
     for z, nodes, noise in zip(path.z.split(size), path.nodes.split(size), x_T.split(size)):
         part = Path(z, nodes)
         decoded.append(run.tree.decode(part).cpu())

@@ -11,7 +11,7 @@ The leaves are the clusters. Node i has a latent map z_i, leaf l a decoder from 
     d_1 -> q(z_1 | z_0, x), ...          transformations z_0 -> z_1, z_2    (13)-(17); (8)
                                          decoders z_1 -> x, z_2 -> x        (11)
 
-Images are (B, C, H, W) in [0, 1]. Stage 2 conditions its U-Net on a *path*: the z of every node
+Images are (B, C, H, W) in [0, 1]. Stage 2 conditions its U-Net on a *path*: the z of all nodes
 from the root to a leaf. Index p: generative model, theta in the paper; q: inference model, phi.
 """
 
@@ -48,7 +48,7 @@ class Gaussian(NamedTuple):
 
 
 def precision_weighted(q, p):
-    """Eq. (15): the product of two Gaussian densities, normalised. -> Gaussian"""
+    """Eq. (15): the product of two Gaussian densities, normalised."""
     # q is what the image says of z_i, p what the parent says: each counts by its precision 1 / var
     s = q.var + p.var
     mu = (q.mu * p.var + p.mu * q.var) / s
@@ -153,7 +153,7 @@ class Node(nn.Module):
     def __init__(self):
         super().__init__()
         self.evidence = None        # d -> mu^_q, sigma^2^_q of z_i, (13), (14); every node
-        self.transformation = None  # z_pa(i) -> p(z_i | z_pa(i)), (8); every node but the root
+        self.transformation = None  # z_pa(i) -> p(z_i | z_pa(i)), (8); all but the root
         self.router_p = None        # z_i -> p(c_i | z_i), (9); with two children
         self.router_q = None        # d -> q(c_i | x), (18); with two children
         self.decoder = None         # z_i -> p(x | z_i), (11); leaves
@@ -374,7 +374,7 @@ class TreeVAE(nn.Module):
 
     def contrastive_loss(self, d, visits, below=None):
         """NT-Xent between images and their views: a scalar. below: this node's router alone.
-        d: `bottom_up_pass` of the images, then of their views; visits: `walk` of the images.
+        d: `bottom_up_pass` of the images, then of the views; visits: `walk` of the images.
         """
         total = torch.zeros((), device=d[0].device)
         # Decisions, summed over routers: an image and its view go the same way, other images do not
@@ -414,7 +414,7 @@ class TreeVAE(nn.Module):
         return torch.stack(samples).logsumexp(0) - math.log(n_samples)
 
     # -- paths and images --
-    # z does not depend on the decisions: sample z at all nodes, then a leaf, and pick its path.
+    # z does not depend on the decisions: sample all z, then a leaf, and pick its path.
 
     def sample_latents(self, n):
         """n samples of the prior of all z: {id: (n, latent_channels, r, r)}."""
@@ -459,7 +459,7 @@ class TreeVAE(nn.Module):
         """mu_x of eq. (11) at each path's leaf: images, (B, C, H, W) in [0, 1]."""
         images = 0.0  # (B, C, H, W)
         end = path.nodes.amax(1)  # ids rise along a path
-        for leaf in self.leaves:  # each decodes all B rows: picking its own would make a GPU wait
+        for leaf in self.leaves:  # each decodes all B: picking its rows would make a GPU wait
             out = self.nodes[leaf].decoder(path.z[:, self.depth(leaf)]).float()
             mu_x = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
             images = torch.where((end == leaf)[:, None, None, None], mu_x, images)
@@ -525,8 +525,8 @@ def nt_xent(a, b, temperature, log_weight):
     l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
     similarity, i' the other view of i; the mean of w_i l_i. a, b: (K, B, c); log_weight: (K, B).
     """
-    # Without w_k a deep router learns to tell its images from those that never reach it, and sends
-    # all of its own one way: on Fashion-MNIST three of ten leaves died.
+    # Without w_k = P(i; c) a deep router learns to tell its images from those that never reach it,
+    # and sends all of its own one way: on Fashion-MNIST three of ten leaves died.
     views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, c)
     K, n, _ = views.shape  # n = 2B
     log_w = log_weight.repeat(1, 2)  # (K, 2B)

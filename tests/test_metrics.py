@@ -136,7 +136,7 @@ def known(monkeypatch):
         return both[0], both[1] if run.networks else None
     classifier = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Identity())     # the brightest
     monkeypatch.setattr(metrics, "load_classifier", lambda run: classifier)
-    monkeypatch.setattr(sample, "rows_at_once", lambda images: 7)
+    monkeypatch.setattr(sample, "PIXELS", 7 * 784)
     monkeypatch.setattr(train, "conditioned", lambda *given: (lambda xt, t, y: 0 * xt, given))
     monkeypatch.setattr(sample, "draw_images", draw_images)
     monkeypatch.setattr(sample, "draw_leaf_classes", lambda *given: figures.append(given))
@@ -215,7 +215,7 @@ def test_images_and_networks_there_are_not(known, tmp_path, monkeypatch, capsys)
     images, labels = run.data.images.repeat(70, 1, 1, 1), LABELS.repeat(70)
     run = run._replace(data=run.data._replace(test_images=images, test_labels=labels))
     inception = {"FID": metrics.load_classifier(run)[:-1]}
-    monkeypatch.setattr(sample, "rows_at_once", lambda images: 300)
+    monkeypatch.setattr(sample, "PIXELS", 300 * 784)
     monkeypatch.setattr(metrics, "denoising_loss", lambda run, n, seed: float(n))
     monkeypatch.setattr(metrics, "load_inception", lambda where: asked.append(where) or inception)
     without = known.measure(run)

@@ -82,7 +82,7 @@ def test_one_root_shares_noise_and_the_z_of_shared_nodes(run, monkeypatch, calls
     for shared in (x_T, z[:, :, 0], z[:, 1:, 1]):              # z_0 by all, z_2 by leaves 3 and 4
         assert torch.equal(shared, shared[:, :1].expand_as(shared))
         assert len(shared.flatten(0, 1).unique(dim=0)) == 4
-    monkeypatch.setattr(sample, "rows_at_once", lambda images: 2)
+    monkeypatch.setattr(sample, "PIXELS", 2 * 784)
     images, times = sample.denoising(run, 25, 0.0)
     (_, path, steps, _), kwargs, result = drawn[1]  # what DDIM saw
     assert times == [t + 1 for t in run.diffusion.ddim_times(25)][::-2]
