@@ -60,13 +60,18 @@ class Diffusion(nn.Module):
         """The mean of p(x_{t-1} | x_t), eq. (28): eq. (26) with x0^ for x_0."""
         return (xt - self.beta[t] / self.one_minus_abar[t].sqrt() * eps) / self.alpha[t].sqrt()
 
-    def loss(self, net, x0, y=None, t=None, eps=None):
-        """L_simple, eq. (30), as a mean over pixels. t, eps: drawn if None."""
+    def loss(self, net, x0, y=None, t=None, eps=None, of="eps"):
+        """L_simple, eq. (30), as a mean over pixels. t, eps: drawn if None. of="v": see below."""
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         # By (5), (28), eq. (29) is this square times beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)).
         # Without the factor the best net is the same and samples are better (Ho et al. 2020).
-        return F.mse_loss(net(self.add_noise(x0, t, eps), t, y), eps)
+        error = (net(self.add_noise(x0, t, eps), t, y) - eps) ** 2
+        if of == "v":
+            # Not in the paper: |v - v_psi|^2, in which large t count for more. There the image is
+            # all noise, and y alone says what is to be drawn
+            error = error / self.abar[t]
+        return error.mean()
 
     # -- sampling --
     @torch.no_grad()
@@ -144,7 +149,7 @@ def eps_net(diffusion, unet, image=None):
     """eps_psi(x_t, t, y) from a U-Net that predicts v, given x_t and, if not None, image."""
     # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^. An
     # error in eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step: speckle on black
-    # backgrounds. The loss is still eq. (30), here abar_t |v - v_psi|^2.
+    # backgrounds. Eq. (30) is then abar_t |v - v_psi|^2.
     def net(xt, t, y):
         x = xt if image is None else torch.cat([xt, image], 1)  # leaf's reconstruction: DiffuseVAE
         return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, even if v is bfloat16

@@ -79,6 +79,7 @@ class Config:
     unet_blocks: int = 1              # residual blocks a scale
     unet_attention: str = ""          # sides of the maps with self-attention; the middle has it
     dropout: float = 0.0
+    loss_of: str = "v"                # whose error is squared: v's, or eps's as in eq. (30)
     diffusion_epochs: int = 3         # 0: no stage 2
     diffusion_batch_size: int = 32
     diffusion_lr: float = 1e-3        # of Adam
@@ -96,8 +97,8 @@ PRESETS = {
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
         grow_batch_size=256, lr_decay="paper", kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001,
         contrastive=0.0, cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2,
-        unet_attention="16", dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256,
-        diffusion_lr=2e-4, warmup_steps=5000)}
+        unet_attention="16", dropout=0.3, loss_of="eps", diffusion_epochs=1000,
+        diffusion_batch_size=256, diffusion_lr=2e-4, warmup_steps=5000)}
 PAPER_32 = dict(                      # over it, at 32 x 32 x 3
     encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128,
     contrastive=100.0, contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0,
@@ -421,7 +422,11 @@ def train_phase(config, state, tree, images, folder):
     n_batches = len(rows) // batch_size                  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     contrastive = config.contrastive * (1 if phase == "initial" else config.contrastive_later)
-    tree.train_only(node)
+    # beyond the paper: clusters that follow cuts stay as they are, or the ELBO would blur them
+    keep_clusters = phase == "finetune" and config.cut > 0 and config.contrastive > 0
+    if keep_clusters:
+        contrastive = 0.0
+    tree.train_only(node, decisions=not keep_clusters)
     trained = [p for p in tree.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
     if state["optimizer"] is not None:
@@ -446,12 +451,12 @@ def train_phase(config, state, tree, images, folder):
                 if config.augmented_elbo:
                     x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
-            else:                     # beyond the paper: the cut's weight falls to 0 by half-way
+            else:                     # beyond the paper: the new router follows the cut
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
                 logit = next(v.logit_q for v in visits if v.node == node)
                 terms["cut"] = F.binary_cross_entropy_with_logits(logit, targets[step])
-                loss = loss + config.cut * max(0.0, 1 - 2 * progress) * terms["cut"]
+                loss = loss + config.cut * terms["cut"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -543,7 +548,7 @@ def train_diffusion(config, state, tree, images, folder):
             optimizer.param_groups[0]["lr"] = lr
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
-                loss = diffusion.loss(net, x0, y)        # eq. (30)
+                loss = diffusion.loss(net, x0, y, of=config.loss_of)     # eq. (30)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
@@ -566,7 +571,8 @@ def begin(argv):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error = fail               # one sentence, without a list of all flags
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    choices = dict(preset=["auto", *PRESETS], condition=SIGNALS, lr_decay=["cosine", "paper"])
+    choices = dict(preset=["auto", *PRESETS], lr_decay=["cosine", "paper"], condition=SIGNALS,
+                   loss_of=["v", "eps"])
     for f in fields(Config):          # the comments there say what they are
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:

@@ -69,6 +69,10 @@ def test_the_loss_is_l_simple_over_every_time_with_standard_noise():
     xt = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
     expected = (eps - some_eps(xt, t, 0.5)).square().mean().item()      # eq. (30)
     assert Diffusion().loss(some_eps, x0, 0.5, t, eps).item() == pytest.approx(expected, rel=1e-3)
+    v = ABAR[t].sqrt() * eps - (1 - ABAR[t]).sqrt() * x0                 # Salimans and Ho 2022
+    guess = (some_eps(xt, t, 0.5) - (1 - ABAR[t]).sqrt() * xt) / ABAR[t].sqrt()
+    of_v = Diffusion().loss(some_eps, x0, 0.5, t, eps, "v").item()
+    assert of_v == pytest.approx((v - guess).square().mean().item(), rel=1e-3)
     diffusion = Diffusion(5, 0.1, 0.9)
     diffusion.loss(lambda *args: asked.append(args) or args[0], torch.zeros(5000, 1, 2, 2), "y")
     xt, t, y = asked[0]

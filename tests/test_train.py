@@ -79,9 +79,9 @@ class Spy:
         self.networks, self.frozen = networks, tree
         return real(config, diffusion, networks, tree, path)
 
-    def on_eq_30(self, real, diffusion, net, x0, y=None):
-        loss = real(diffusion, net, x0, y)
-        self.now |= dict(x0=x0, y=y, loss=loss.item())
+    def on_eq_30(self, real, diffusion, net, x0, y=None, of="eps"):
+        loss = real(diffusion, net, x0, y, of=of)
+        self.now |= dict(x0=x0, y=y, loss=loss.item(), of=of)
         return loss
 
     def on_step(self, real, adam):
@@ -126,7 +126,9 @@ def test_every_weight_arrives_in_the_step(ran):
             assert step["below"] == phase["node"]
             if name == "grow":
                 assert step["view"] is None and step["visits"] is not None
-                assert step["cut"].grad.item() == pytest.approx(100 * max(0, 1 - 2 * done))
+                assert step["cut"].grad.item() == pytest.approx(100)
+            elif name == "finetune":
+                assert step["view"] is None and step["contrast"] == 0 and "cut" not in step
             else:
                 assert step["contrast"] == pytest.approx(50 if name == "initial" else 10)
                 assert step["view"] is not None and "cut" not in step
@@ -137,9 +139,14 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
         node, leaves, names = phase["node"], phase["leaves"], set(phase["names"].values())
         trained = {phase["names"][i] for step in phase["steps"] for i in step["trained"]}
         if node is None:              # all parameters train
+            decide = () if phase["phase"] != "finetune" else (       # the clusters stay
+                "encoder.", "bottom_up.", "heads.", *[f"nodes.{i}.router_q" for i in range(9)])
+            names = {name for name in names if not name.startswith(decide)}
             parts = {".".join(name.split(".")[:3]) for name in names}
             assert parts <= {".".join(name.split(".")[:3]) for name in phase["changed"]}
-            assert trained == names and {"", "encoder"} <= phase["steps"][0]["modes"]
+            assert not any(name.startswith(decide) for name in phase["changed"])
+            modes = phase["steps"][0]["modes"]
+            assert trained == names and "nodes" in modes and bool(decide) != ("encoder" in modes)
             continue
         children = [i for i, parent in enumerate(phase["parents"]) if parent == node]
         reach = phase["probs"][:, [leaves.index(child) for child in children]].sum(1)
@@ -171,7 +178,7 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
             orders.add(tuple(order))
             row = log.pop(0)
             assert (row["phase"], row["node"], row["epoch"]) == (name, node, str(epoch))
-            assert float(row["cut" if node else "contrastive"]) > 0
+            assert name == "finetune" or float(row["cut" if node else "contrastive"]) > 0
             shares = dict(part.split(":") for part in row["leaf_shares"].split())
             assert node or set(shares) == {str(leaf) for leaf in phase["leaves"]}
         assert len(orders) == n_epochs
@@ -186,6 +193,7 @@ def test_stage_2_learns_on_sampled_paths(ran):
         cosine = 0.5 * (1 + math.cos(math.pi * k / 14))
         assert step["lr"] == pytest.approx(2e-3 * cosine * min(1, (k + 1) / 5))
         assert step["decay"] == 0 and step["fresh"] == (k == 0) and step["clip"] == 1
+        assert step["of"] == "v"
         assert step["sampled"] and step["mine"] and step["training"]
         assert len(step["trained"]) == len(after)
         x = ran.images[step["rows"]].float() / 127.5 - 1
@@ -338,6 +346,7 @@ def test_paper_is_appendix_d():
         initial_epochs=[150] * 3, grow_epochs=[150] * 3, intermediate_epochs=[80, 0, 0],
         finetune_epochs=[200, 0, 0], contrastive=[0, 100, 100], contrastive_later=[None, 1, 1],
         augmented_elbo=[False, True, True], cut=[0, 0, 0], lr_decay=["paper"] * 3,
+        loss_of=["eps"] * 3,
         kl_start=[0.5, 0.01, 0.01], kl_start_later=[0.5, 0.01, 0.01],
         kl_per_epoch=[0.001, 0.01, 0.01], unet_channels=[64, 128, 128], unet_blocks=[2, 2, 2],
         unet_attention=["16", "16,8", "16,8"], dropout=[0.3] * 3, diffusion_lr=[2e-4] * 3,
@@ -354,7 +363,7 @@ def test_the_other_presets():
         latent_channels=8, bottom_up_channels=128, representation_dim=1, encoder="cnn",
         decoder="mlp", max_depth=6, max_leaves=10, initial_epochs=20, grow_epochs=5,
         intermediate_epochs=0, finetune_epochs=12, tree_batch_size=256, grow_batch_size=128,
-        lr_decay="cosine", kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08,
+        lr_decay="cosine", kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, loss_of="v",
         contrastive=100.0, contrastive_later=0.1, augmented_elbo=False, cut=30.0, condition="path",
         with_reconstruction=False, unet_channels=32, unet_multipliers="1,2,2", unet_blocks=1,
         unet_attention="", dropout=0.0, diffusion_epochs=3, diffusion_batch_size=32,
@@ -410,7 +419,7 @@ def test_kl_weight_ends_at_1(dataset, preset, quick):
 
 def test_step_decay_and_augmented_elbo(data, tmp_path, monkeypatch):
     calls, rates, tree = [], [], nn.Linear(1, 1)
-    tree.train_only = lambda node: None
+    tree.train_only = lambda node, decisions: calls.append(decisions)
     tree.loss = lambda *args: calls.append(args) or (tree.weight.sum(), {})
     monkeypatch.setattr(train, "random_view", lambda config, x: x + 1)
     monkeypatch.setattr(torch.optim.Adam, "step",
@@ -418,8 +427,12 @@ def test_step_decay_and_augmented_elbo(data, tmp_path, monkeypatch):
     argv = ["--preset=paper", "--augmented-elbo", "--initial-epochs=101"]
     train.train_phase(*train.begin(argv), tree, data.images[:16], tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
-    x, _, _, view, _ = calls[0]       # no contrastive loss; the ELBO of a view
-    assert view is None and 1 <= x.min() < x.max() <= 2
+    decisions, (x, _, _, view, _), *_ = calls              # no contrastive loss; ELBO of a view
+    assert decisions and view is None and 1 <= x.min() < x.max() <= 2
+    config, state = train.begin(["--cut=0"])               # no cut: all parameters are fine-tuned
+    state["phase"] = "finetune"
+    train.train_phase(config, state, tree, data.images[:16], tmp_path)
+    assert calls[102] is True and calls[103][3] is not None and calls[103][4] == 10
 
 
 def test_views(monkeypatch):
