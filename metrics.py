@@ -41,8 +41,8 @@ def dendrogram_purity(parents, leaf_of_image, labels):
     pairs = under * (under - 1) / 2  # pairs under a node
     for i in range(1, len(parents)):
         pairs[parents[i]] -= pairs[i]  # these meet further down
-    share = under / np.maximum(1, under.sum(1, keepdims=True))  # of a class
-    return (pairs * share).sum() / pairs.sum() if pairs.any() else float("nan")
+    share = under / np.maximum(1, under.sum(1, keepdims=True))
+    return (pairs * share).sum() / pairs.sum() if pairs.any() else np.nan
 
 
 def leaf_purity(leaf_of_image, labels):
@@ -68,7 +68,7 @@ def cluster_accuracy(leaf_of_image, labels):
 
 def entropy(counts):
     """Entropy in nats of histograms, counts (..., K): (...,)."""
-    p = counts / np.sum(counts, -1, keepdims=True)
+    p = counts / np.sum(counts, -1, keepdims=True)  # (..., K)
     return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)  # 0 log 0 = 0
 
 
@@ -92,8 +92,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # C1^(1/2)
     # C1 C2 has the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric
     overlap = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
-    shift = mu1 - mu2
-    return shift @ shift + np.trace(cov1 + cov2) - 2 * overlap
+    return ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * overlap
 
 
 def load_inception(file):
@@ -140,10 +139,10 @@ def load_classifier(run):
         net.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
         return net.eval()
     n_batches = max(1, len(data.images) // 128)
-    optimizer = torch.optim.AdamW(net.parameters())  # its lr is the schedule's
+    optimizer = torch.optim.AdamW(net.parameters())  # lr: the schedule's
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 5 * n_batches)
     for epoch in range(1, 6):
-        train.live(f"classifier: epoch {epoch} of 5")
+        train.live(f"classifier: epoch {epoch}/5")
         # Equal batches: batch norm fails on a single image
         for rows in torch.randperm(len(data.images)).tensor_split(n_batches):
             x = data.images[rows].to(run.device).float() / 255
@@ -159,13 +158,13 @@ def load_classifier(run):
     return net.eval()
 
 
-# -- A measurement --
+# -- A run --
 
 def batches(run, images):
     """Images uint8 -> batches (B, C, H, W) in [0, 1] on the device; a live line."""
-    parts = images.split(max(1, sample.PIXELS // images[0, 0].numel()))
+    parts = images.split(sample.PIXELS // images[0, 0].numel())
     for k, part in enumerate(parts, 1):
-        train.live(f"batch {k} of {len(parts)}")
+        train.live(f"batch {k}/{len(parts)}")
         yield part.to(run.device).float() / 255
 
 
@@ -203,7 +202,7 @@ def elbo_terms(run, ll_samples, seed):
 def denoising_loss(run, n, seed):
     """Eq. (30) a pixel, of n test images given their paths."""
     T, images, total = run.diffusion.timesteps, run.data.test_images[:n], 0.0
-    torch.manual_seed(seed)  # runs on one tree: the same paths, t and noise
+    torch.manual_seed(seed)  # on one tree: the same paths, t and noise
     for x in batches(run, images):
         path = run.tree.infer_path(x)  # leaf sampled from P(l; c): eq. (6)
         net, y = train.conditioned(run.config, run.diffusion, run.networks, run.tree, path)
@@ -231,7 +230,7 @@ def draw(run, n, steps, seed):
 
 @torch.no_grad()
 def outputs(run, net, images):
-    """What a network makes of images uint8: (N, D)."""
+    """A network's outputs for images uint8: (N, D)."""
     return torch.cat([net(x).float().cpu() for x in batches(run, images)]).numpy()
 
 
@@ -249,7 +248,7 @@ def leaf_entropies(run, images, leaves, steps):
 
 
 def measure(folder, flags):
-    """All numbers of one run, as in its metrics.json."""
+    """All numbers of one run, for its metrics.json."""
     run = train.load_run(folder, flags.device)
     config, data, device = run.config, run.data, run.device.type
     n = min(len(data.test_images), flags.images or (200 if config.quick else 10000))
@@ -270,11 +269,10 @@ def measure(folder, flags):
     for name, net in nets.items():  # Tables 1, 3: to all test images
         test = moments(outputs(run, net.to(device), data.test_images))
         for (what, who), x in images.items():
-            drawn = moments(outputs(run, net, x))
-            result[f"{name}_{what}_{who}"] = frechet_distance(*drawn, *test)
-    text = json.dumps(result, indent=1).encode()
-    train.replace_file(run.folder / "metrics.json", lambda file: file.write(text))
-    train.live(f"wrote {run.folder}/metrics.json", last=True)
+            result[f"{name}_{what}_{who}"] = frechet_distance(*moments(outputs(run, net, x)), *test)
+    file = run.folder / "metrics.json"
+    train.replace_file(file, lambda f: f.write(json.dumps(result, indent=1).encode()))
+    train.live(f"wrote {file}", last=True)
     return result
 
 
@@ -302,7 +300,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", help="such as runs/fashion")
     add("--device", default="auto", help="cuda, mps or cpu")
-    add("--images", type=int, default=0, help="default: all, up to 10000")
+    add("--images", type=int, default=0, help="default: up to 10000")
     add("--steps", type=int, default=0, help="of DDIM; default: 15 on a CPU, else 100")
     add("--inception-weights", help="pytorch-fid's file; default: a download, on CUDA")
     add("--ll-samples", type=int, default=0, help="of the bound on log p(x); papers: 1000")

@@ -1,13 +1,13 @@
-"""Every picture of a finished run, drawn into its folder.
+"""Every picture of a finished run, into its folder.
 
     python sample.py runs/fashion              the pictures below
-    python sample.py runs/fashion --node 2     node_2.png: more new images below node 2
+    python sample.py runs/fashion --node 2     node_2.png: new images below node 2
 
 tree.png             the tree, new images and the classes at its leaves
 leaves.png           new images of each leaf, by decoder and by diffusion
-one_root.png         Figure 4: one z_0 and x_T sent through every leaf
-reconstructions.png  test images, and what decoder and diffusion make of their paths
-denoising.png        an image of each leaf on its way out of the noise
+one_root.png         Figure 4: one z_0 and x_T for all leaves
+reconstructions.png  test images, and what both make of their paths
+denoising.png        an image of each leaf as it leaves the noise
 growth.gif           the tree as it grew
 curves.png           the losses of both stages
 """
@@ -33,16 +33,14 @@ PIXELS = 200_000  # that go through a network at once: 255 images of 28 x 28
 
 def draw_images(run, path, steps, eta, x_T=None, seen=None):
     """Images of n paths by decoder and by diffusion, None without stage 2: (n, C, H, W) in [0, 1].
-    x_T: the noise to start from. seen: a list, to which each batch adds DDIM's (t, x_t, x0^)."""
+    x_T: the noise. seen: a list, to which each batch adds DDIM's (t, x_t, x0^)."""
     if x_T is None:
         x_T = torch.randn(len(path.z), *run.tree.image_shape)  # the same on any device
     decoded, denoised = [], []
-    size = max(1, PIXELS // x_T[0, 0].numel())
-    for z, nodes, noise in zip(path.z.split(size), path.nodes.split(size), x_T.split(size)):
-        part = Path(z, nodes)
+    for rows in torch.arange(len(x_T)).split(PIXELS // x_T[0, 0].numel()):
+        part, noise = Path(path.z[rows], path.nodes[rows]), x_T[rows].to(run.device)
         decoded.append(run.tree.decode(part).cpu())
         if run.networks:
-            noise = noise.to(run.device)
             with autocast(run.device):
                 net, y = train.conditioned(run.config, run.diffusion, run.networks, run.tree, part)
                 x = run.diffusion.ddim_sample(net, noise.shape, y, steps, eta, x_T=noise, seen=seen)
@@ -51,8 +49,8 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
 
 
 def paths_to_leaves(run, n, nodes=None):
-    """n new paths to each leaf, or through each of `nodes`, one after the other: a Path.
-    Where fewer than n sampled paths pass a node, the most probable others fill up."""
+    """n new paths to each leaf, or through each of `nodes`, in this order: a Path.
+    Where fewer than n of the sampled paths pass, the most probable others fill up."""
     tree, rows, leaves = run.tree, [], []
     z = tree.sample_latents(max(2048, 4 * n))  # {node: (pool, c, r, r)}
     probs = tree.prior_leaf_probs(z)  # (pool, n_leaves)
@@ -61,10 +59,9 @@ def paths_to_leaves(run, n, nodes=None):
         below = torch.tensor([node in tree.path_to(i) for i in tree.leaves], device=run.device)
         passed = below[sampled]  # (pool,) bool
         score = torch.where(passed, 2.0, (probs * below).sum(1))  # 2: before any P_p(node | z)
-        best = score.argsort(descending=True, stable=True)[:n]
         likely = probs.masked_fill(~below, -1).argmax(1)  # for the others
-        rows.append(best)
-        leaves.append(torch.where(passed, sampled, likely)[best])
+        rows.append(score.argsort(descending=True, stable=True)[:n])
+        leaves.append(torch.where(passed, sampled, likely)[rows[-1]])
     z = {i: z_i[torch.cat(rows)] for i, z_i in z.items()}
     return tree.pick_path(z, torch.cat(leaves))
 
@@ -81,8 +78,8 @@ def one_root(run, steps, n=4):
 
 
 def denoising(run, steps, eta):
-    """x_t of an image of each leaf at some ten of DDIM's times, then the image: (n_leaves,
-    columns, C, H, W) in [0, 1]; and the times, of the paper's 1..T."""
+    """x_t of an image of each leaf at ten or so of DDIM's times, then the image: (n_leaves,
+    columns, C, H, W) in [0, 1]; and the times, in 1..T."""
     seen = []
     _, images = draw_images(run, paths_to_leaves(run, 1), steps, eta, seen=seen)
     times = run.diffusion.ddim_times(steps)[::-max(1, steps // 10)]  # from the noise on
@@ -96,7 +93,7 @@ def count_test_images(run):
     """Test images by their most probable leaf and class: an array (n_leaves, n_classes)."""
     leaf = train.leaf_probs(run.tree, run.data.test_images.to(run.device)).argmax(1).cpu()
     counts = np.zeros((len(run.tree.leaves), max(1, len(run.data.classes))))
-    np.add.at(counts, (leaf.numpy(), run.data.test_labels.numpy()), 1)
+    np.add.at(counts, (leaf, run.data.test_labels), 1)
     return counts
 
 
@@ -106,7 +103,7 @@ def save_figure(figure, file):
 
 
 def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=TITLES[1:]):
-    """Grids of images (n, C, H, W) in [0, 1]; rows, heads: the names of their rows and columns."""
+    """Grids of images (n, C, H, W) in [0, 1]; rows, heads: names of their rows and columns."""
     grids = [x for x in images if x is not None]
     n, _, side, _ = grids[0].shape
     down, across = (len(grids), 1) if stacked else (1, len(grids))
@@ -115,7 +112,7 @@ def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=T
     for ax, title, x in zip(figure.subplots(down, across, squeeze=False).flat, titles, grids):
         grid = make_grid(x, columns, padding=1, pad_value=1)  # grey -> three equal channels
         ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, size=10)
         ax.set_yticks((side + 1) * (np.arange(len(rows)) + 0.5), rows)
         ax.set_xticks((side + 1) * (np.arange(len(heads)) + 0.5), heads)
         ax.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
@@ -126,27 +123,27 @@ def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=T
 def draw_tree(ax, parents, leaves, shares, images, title):
     """A tree; below leaf k, at x = k: its images (n_leaves, n, C, H, W) in [0, 1], its share."""
     place = {leaf: (k, 0.0) for k, leaf in enumerate(leaves)}  # {node: (x, y)}
-    for i in reversed(range(len(parents))):  # children come before parents
+    for i in reversed(range(len(parents))):  # children first
         children = [place[j] for j, parent in enumerate(parents) if parent == i]
         if children:
             x, y = np.mean(children, 0)[0], np.max(children, 0)[1] + 0.6  # in the middle, above
             place[i] = (x, y)
             ax.text(x, y, i, size=7, ha="center", va="center", bbox=dict(boxstyle="circle", fc="w"))
-            for x_child, y_child in children:
-                ax.plot([x, x_child, x_child], [y, y, y_child], color="0.6", zorder=1)
+            for x_j, y_j in children:
+                ax.plot([x, x_j, x_j], [y, y, y_j], color="0.6")
     n = images.shape[1]
     for k, leaf in enumerate(leaves):
         strip = make_grid(images[k], 1, padding=1, pad_value=1).permute(1, 2, 0)
         ax.imshow(strip.numpy(), extent=(k - 0.47, k + 0.47, -n + 0.03, -0.03))
-        ax.text(k, -n, f"leaf {leaf}: {shares[k]:.0%}", fontsize=8, ha="center", va="top")
+        ax.text(k, -n, f"leaf {leaf}: {shares[k]:.0%}", size=8, ha="center", va="top")
     ax.set(xlim=(-0.55, len(leaves) - 0.45), ylim=(-n - 0.25, place[0][1] + 0.3), aspect="equal")
-    ax.set_title(title, fontsize=10)
+    ax.set_title(title, size=10)
     ax.axis("off")
 
 
 def draw_leaf_classes(run, counts, file, steps, eta=0.0):
-    """tree.png, Figure 5: the tree, three new images of each leaf, and the classes of some images:
-    counts {their name: (n_leaves, n_classes)}."""
+    """tree.png, Figure 5: the tree, three new images of each leaf, and the classes of images:
+    counts {what images: (n_leaves, n_classes)}."""
     decoded, denoised = draw_images(run, paths_to_leaves(run, 3), steps, eta)
     images = (decoded if denoised is None else denoised).unflatten(0, (-1, 3))
     shares = count_test_images(run).sum(1) / len(run.data.test_images)
@@ -159,7 +156,7 @@ def draw_leaf_classes(run, counts, file, steps, eta=0.0):
         for k, row in enumerate(table):
             order = np.argsort(-row)  # the largest class first
             part = row[order] / max(1, row.sum())
-            left = k - 0.47 + 0.94 * (part.cumsum() - part)  # where a part begins
+            left = k - 0.47 + 0.94 * (part.cumsum() - part)  # its edge
             ax.barh(y, 0.94 * part, 0.18, left, color=np.resize(COLOURS, len(row))[order])
             # The first three names, cut to a leaf's width
             names = [f"{run.data.classes[c][:18]} {p:.0%}" for c, p in zip(order[:3], part) if p]
@@ -172,20 +169,20 @@ def draw_leaf_classes(run, counts, file, steps, eta=0.0):
 
 def draw_growth(run, file):
     """growth.gif: the tree split by split, with the mean test image of each of its leaves."""
-    tree, images = run.tree, run.data.test_images.float() / 255
-    probs = train.leaf_probs(tree, run.data.test_images.to(run.device)).cpu()  # (N, n_leaves)
-    below = {i: [i in tree.path_to(leaf) for leaf in tree.leaves] for i in tree.ids}
+    tree, images = run.tree, run.data.test_images
+    probs = train.leaf_probs(tree, images.to(run.device)).cpu()  # (N, n_leaves)
     figure, writer = Figure((0.9 * len(tree.leaves) + 1, 5)), PillowWriter(fps=1)
     with writer.saving(figure, file, dpi=100):
-        for size in range(1, len(tree.parents) + 1, 2):  # ids are in the order of creation
-            parents = tree.parents[:size]
-            leaves = [i for i in tree.ids if i < size and i not in parents]
-            leaves.sort(key=lambda i: below[i].index(True))  # left to right
-            reach = torch.stack([probs[:, below[i]].sum(1) for i in leaves], 1)  # P(i; c)
-            means = torch.einsum("nl,nchw->lchw", reach / reach.sum(0), images)
+        for size in range(1, len(tree.parents) + 1, 2):  # a split adds two ids
+            # Where the path to each of today's leaves ended
+            ends = [max(i for i in tree.path_to(leaf) if i < size) for leaf in tree.leaves]
+            leaves = list(dict.fromkeys(ends))  # left to right
+            reach = torch.stack([probs[:, np.equal(ends, i)].sum(1) for i in leaves], 1)  # P(i; c)
+            means = torch.einsum("nl,nchw->lchw", reach / reach.sum(0), images / 255)
+            title = f"leaves: {len(leaves)}"
             figure.clear()
             ax = figure.add_axes((0, 0, 1, 0.92))
-            draw_tree(ax, parents, leaves, reach.mean(0), means[:, None], f"leaves: {len(leaves)}")
+            draw_tree(ax, tree.parents[:size], leaves, reach.mean(0), means[:, None], title)
             ax.set(xlim=(-0.55, len(tree.leaves) - 0.45), anchor="N")  # one scale for all
             writer.grab_frame()
 
@@ -193,8 +190,7 @@ def draw_growth(run, file):
 def draw_curves(log, file):
     """curves.png: stage 1's terms by epoch, stage 2's loss by step."""
     rows = list(csv.DictReader(log.read_text().splitlines()))
-    figure = Figure((13, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = Figure((13, 3.4), layout="constrained").subplots(1, 3)
     epochs = [row for row in rows if row["elbo"]]
     split = np.array([row["phase"] == "grow" for row in epochs], bool)
     terms = {left: ["elbo", "reconstruction"], middle: ["kl_root", "kl_nodes", "kl_decisions"]}
@@ -204,17 +200,17 @@ def draw_curves(log, file):
             y = np.where(split, np.nan, [float(row[name]) for row in epochs])
             ax.plot(range(1, len(y) + 1), y, ".-", label=name)
         for k in np.flatnonzero(split):  # epoch k + 1
-            ax.axvspan(k + 0.5, k + 1.5, color="0.92", lw=0, zorder=0)
+            ax.axvspan(k + 0.5, k + 1.5, color="0.92", lw=0)
         ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
     steps = [int(row["step"]) for row in rows if row["loss"]]
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     means = [np.mean(losses[max(0, k - 5):k]) for k in range(1, len(losses) + 1)]  # of 5 rows
     right.plot(steps, losses, ".-", label="loss")
     right.plot(steps, means, lw=2, label="running mean")
-    right.set(xlabel="step of stage 2", ylabel="loss a pixel, eq. (30)")
+    right.set(xlabel="step of stage 2", ylabel="loss a pixel")
     for ax in left, middle, right:
         ax.legend(fontsize=8, loc="center")
-    save_figure(figure, file)
+    save_figure(ax.figure, file)
 
 
 def main(argv=None):
@@ -223,10 +219,10 @@ def main(argv=None):
     add = parser.add_argument
     add("run", help="a folder, such as runs/fashion")
     add("--node", type=int, help="only draw n x n new images below this node or leaf")
-    add("--steps", type=int, default=100, help="of DDIM, 1..T; default: 100")
-    add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1; default: 0")
+    add("--steps", type=int, default=100, help="of DDIM, 1..T (100)")
+    add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1 (0)")
     add("--seed", type=int, default=0)
-    add("--n", type=int, default=8, help="images a row, 1..64; default: 8")
+    add("--n", type=int, default=8, help="images a row, 1..64 (8)")
     flags = parser.parse_args(argv)
     run = train.load_run(flags.run)
     folder, tree, T = run.folder, run.tree, run.diffusion.timesteps

@@ -62,13 +62,10 @@ class Config:
     finetune_epochs: int = 12         # all parameters, once the tree is grown and pruned
     tree_batch_size: int = 256        # see `batch_size_for`
     grow_batch_size: int = 128        # while only a split trains
-    lr_decay: str = "cosine"          # or paper: x0.1 every 100 epochs, in stage 2 none
     kl_start: float = 0.02            # KL weight in the first epoch of the initial phase
     kl_start_later: float = 0.1       # the same in all other phases
     kl_per_epoch: float = 0.08        # what each epoch adds, up to 1
-    contrastive: float = 100.0        # weight of NT-Xent in the initial phase; 0: none at all
-    contrastive_later: float = 0.1    # share of it later, but for splits along a cut: 0
-    augmented_elbo: bool = False      # the ELBO, too, sees random views, as in the paper in colour
+    contrastive: float = 100.0        # weight of NT-Xent
     cut: float = 30.0                 # weight that makes a new router follow the best cut; 0: none
     # stage 2
     tree: str = ""                    # a run whose tree is taken, so that only stage 2 is trained
@@ -79,7 +76,6 @@ class Config:
     unet_blocks: int = 1              # residual blocks a scale
     unet_attention: str = ""          # sides of the maps with self-attention; the middle has it
     dropout: float = 0.0
-    loss_of: str = "v"                # whose error is squared: v's, or eps's as in eq. (30)
     diffusion_epochs: int = 3         # 0: no stage 2
     diffusion_batch_size: int = 32
     diffusion_lr: float = 1e-3        # of Adam
@@ -95,15 +91,14 @@ PRESETS = {
     "paper": dict(
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
-        grow_batch_size=256, lr_decay="paper", kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001,
-        contrastive=0.0, cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2,
-        unet_attention="16", dropout=0.3, loss_of="eps", diffusion_epochs=1000,
-        diffusion_batch_size=256, diffusion_lr=2e-4, warmup_steps=5000)}
+        grow_batch_size=256, kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0,
+        cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
+        dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256, diffusion_lr=2e-4,
+        warmup_steps=5000)}
 PAPER_32 = dict(                      # over it, at 32 x 32 x 3
     encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128,
-    contrastive=100.0, contrastive_later=1.0, augmented_elbo=True, intermediate_epochs=0,
-    finetune_epochs=0, kl_start=0.01, kl_start_later=0.01, kl_per_epoch=0.01, unet_channels=128,
-    unet_attention="16,8")
+    contrastive=100.0, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01,
+    kl_start_later=0.01, kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")
 PAPER_64 = PAPER_32 | dict(           # and at 64 x 64 x 3
     tree_batch_size=128, grow_batch_size=128, unet_multipliers="1,2,2,2,4",
     diffusion_batch_size=32, diffusion_epochs=500)
@@ -421,11 +416,9 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size                  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrastive = config.contrastive * (1 if phase == "initial" else config.contrastive_later)
     # beyond the paper: clusters that follow cuts stay as they are, or the ELBO would blur them
     keep_clusters = phase == "finetune" and config.cut > 0 and config.contrastive > 0
-    if keep_clusters:
-        contrastive = 0.0
+    contrastive = 0.0 if keep_clusters else config.contrastive
     tree.train_only(node, decisions=not keep_clusters)
     trained = [p for p in tree.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
@@ -442,13 +435,13 @@ def train_phase(config, state, tree, images, folder):
         for step in range(n_batches):
             progress = (epoch + step / n_batches) / n_epochs           # 0 .. 1
             lr = 0.5e-3 * (1 + math.cos(math.pi * progress))           # 1e-3 .. 0
-            if config.lr_decay == "paper":
+            if config.preset == "paper":
                 lr = 1e-3 * 0.1 ** (epoch // 100)
             optimizer.param_groups[0]["lr"] = lr
             x = images[batches[step]].float() / 255      # (B, C, H, W) in [0, 1]
             if target is None:
                 view = random_view(config, x) if contrastive else None    # (B, C, H, W)
-                if config.augmented_elbo:
+                if config.preset == "paper" and x.shape[1] == 3:       # the ELBO of another view
                     x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
             else:                     # beyond the paper: the new router follows the cut
@@ -543,12 +536,12 @@ def train_diffusion(config, state, tree, images, folder):
         parts = [part.split(batch_size) for part in (2 * x - 1, path.z, path.nodes)]
         for step, (x0, z, nodes) in enumerate(zip(*parts), first):       # x0 in [-1, 1]
             lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))
-            if config.lr_decay == "cosine":
+            if config.preset != "paper":
                 lr = lr * 0.5 * (1 + math.cos(math.pi * step / n_steps))
             optimizer.param_groups[0]["lr"] = lr
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
-                loss = diffusion.loss(net, x0, y, of=config.loss_of)     # eq. (30)
+                loss = diffusion.loss(net, x0, y, of="eps" if config.preset == "paper" else "v")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
@@ -571,8 +564,7 @@ def begin(argv):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error = fail               # one sentence, without a list of all flags
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    choices = dict(preset=["auto", *PRESETS], lr_decay=["cosine", "paper"], condition=SIGNALS,
-                   loss_of=["v", "eps"])
+    choices = dict(preset=["auto", *PRESETS], condition=SIGNALS)
     for f in fields(Config):          # the comments there say what they are
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:

@@ -17,7 +17,7 @@ FLAGS = dict(
     dataset="known", device="cpu", seed=3, latent_channels=2, bottom_up_channels=32, max_depth=4,
     max_leaves=5, initial_epochs=3, grow_epochs=3, intermediate_epochs=2, finetune_epochs=3,
     tree_batch_size=32, grow_batch_size=16, kl_start=0.05, kl_start_later=0.15, kl_per_epoch=0.1,
-    contrastive=50.0, contrastive_later=0.2, cut=100.0, unet_channels=8, unet_multipliers="1,2",
+    contrastive=50.0, cut=100.0, unet_channels=8, unet_multipliers="1,2",
     dropout=0.1, diffusion_epochs=2, diffusion_batch_size=32, diffusion_lr=2e-3, warmup_steps=5,
     ema_decay=0.5)
 

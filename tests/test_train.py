@@ -130,8 +130,7 @@ def test_every_weight_arrives_in_the_step(ran):
             elif name == "finetune":
                 assert step["view"] is None and step["contrast"] == 0 and "cut" not in step
             else:
-                assert step["contrast"] == pytest.approx(50 if name == "initial" else 10)
-                assert step["view"] is not None and "cut" not in step
+                assert step["contrast"] == 50 and step["view"] is not None and "cut" not in step
 
 
 def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
@@ -214,7 +213,7 @@ def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
     spy, images = Spy(monkeypatch, known.images), []
     monkeypatch.setattr(train, "eps_net", lambda diffusion, unet, image, real=train.eps_net:
                         images.append(image) or real(diffusion, unet, image))
-    mine = dict(condition="none", seed=8, lr_decay="paper", diffusion_epochs=1,
+    mine = dict(condition="none", seed=8, preset="paper", diffusion_epochs=1,
                 tree=str(ran.folder), out=str(tmp_path))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in mine.items()]
     train.main([*flags, "--with-reconstruction"])
@@ -236,7 +235,7 @@ def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
     rates = [2e-3 * min(1, (k + 1) / 5) for k in range(7)]
     assert [step["lr"] for step in spy.steps] == pytest.approx(rates)
     for step, image in zip(spy.steps, images):
-        assert step["y"] is None and image.min() < -0.5    # in [-1, 1]
+        assert step["y"] is None and step["of"] == "eps" and image.min() < -0.5    # in [-1, 1]
         assert torch.allclose(image, 2 * run.tree.decode(step["path"]) - 1, atol=0.02)
 
 
@@ -344,9 +343,8 @@ def test_paper_is_appendix_d():
         latent_channels=[16, 64, 64], bottom_up_channels=[32, 128, 128],
         tree_batch_size=[256, 256, 128], grow_batch_size=[256, 256, 128],
         initial_epochs=[150] * 3, grow_epochs=[150] * 3, intermediate_epochs=[80, 0, 0],
-        finetune_epochs=[200, 0, 0], contrastive=[0, 100, 100], contrastive_later=[None, 1, 1],
-        augmented_elbo=[False, True, True], cut=[0, 0, 0], lr_decay=["paper"] * 3,
-        loss_of=["eps"] * 3,
+        finetune_epochs=[200, 0, 0], contrastive=[0, 100, 100],
+        cut=[0, 0, 0],
         kl_start=[0.5, 0.01, 0.01], kl_start_later=[0.5, 0.01, 0.01],
         kl_per_epoch=[0.001, 0.01, 0.01], unet_channels=[64, 128, 128], unet_blocks=[2, 2, 2],
         unet_attention=["16", "16,8", "16,8"], dropout=[0.3] * 3, diffusion_lr=[2e-4] * 3,
@@ -363,8 +361,8 @@ def test_the_other_presets():
         latent_channels=8, bottom_up_channels=128, representation_dim=1, encoder="cnn",
         decoder="mlp", max_depth=6, max_leaves=10, initial_epochs=20, grow_epochs=5,
         intermediate_epochs=0, finetune_epochs=12, tree_batch_size=256, grow_batch_size=128,
-        lr_decay="cosine", kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, loss_of="v",
-        contrastive=100.0, contrastive_later=0.1, augmented_elbo=False, cut=30.0, condition="path",
+        kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08,
+        contrastive=100.0, cut=30.0, condition="path",
         with_reconstruction=False, unet_channels=32, unet_multipliers="1,2,2", unet_blocks=1,
         unet_attention="", dropout=0.0, diffusion_epochs=3, diffusion_batch_size=32,
         diffusion_lr=1e-3, warmup_steps=200, ema_decay=0.9999, seed=1, data_root="data", out="",
@@ -424,15 +422,16 @@ def test_step_decay_and_augmented_elbo(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "random_view", lambda config, x: x + 1)
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda adam: rates.append(adam.param_groups[0]["lr"]))
-    argv = ["--preset=paper", "--augmented-elbo", "--initial-epochs=101"]
-    train.train_phase(*train.begin(argv), tree, data.images[:16], tmp_path)
+    argv = ["--preset=paper", "--initial-epochs=101"]
+    images = data.images[:16].expand(-1, 3, -1, -1)
+    train.train_phase(*train.begin(argv), tree, images, tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
     decisions, (x, _, _, view, _), *_ = calls              # no contrastive loss; ELBO of a view
     assert decisions and view is None and 1 <= x.min() < x.max() <= 2
     config, state = train.begin(["--cut=0"])               # no cut: all parameters are fine-tuned
     state["phase"] = "finetune"
     train.train_phase(config, state, tree, data.images[:16], tmp_path)
-    assert calls[102] is True and calls[103][3] is not None and calls[103][4] == 10
+    assert calls[102] is True and calls[103][3] is not None and calls[103][4] == 100
 
 
 def test_views(monkeypatch):
