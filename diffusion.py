@@ -18,7 +18,6 @@ from torch import nn
 
 class Diffusion(nn.Module):
     """The noise schedule and what follows from it. `net` is eps_psi: net(xt, t, y) -> eps."""
-
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
         super().__init__()
         self.timesteps = timesteps
@@ -77,7 +76,6 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
         """The chain of eqs. (6), (27), from noise x_T (drawn if None).
-
         variance: that of eq. (28), "posterior" (beta~_t) or "beta" (beta_t), else ValueError.
         """
         if variance not in ("posterior", "beta"):
@@ -97,7 +95,6 @@ class Diffusion(nn.Module):
 
     def ddim_times(self, steps, spacing="quadratic"):
         """The t that DDIM visits, increasing. ValueError for wrong arguments.
-
         tau_i, i = 1..S: "linear" i T / S, "quadratic" 0.8 T (i / S)^2 (Song et al., D.2).
         """
         if not 1 <= steps <= self.timesteps:
@@ -107,8 +104,7 @@ class Diffusion(nn.Module):
         share = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # i / S
         tau = self.timesteps * share
         if spacing == "quadratic":
-            # Denser where the image is nearly clean. It starts at 0.8 T, where x_t is almost noise:
-            # sqrt(abar) = 0.04 for T = 1000.
+            # Denser where the image is nearly clean; from 0.8 T, where sqrt(abar) is only 0.04
             tau = 0.8 * self.timesteps * share**2
         tau = (tau - 1e-6).ceil().long()  # 1e-6: float error
         return (tau.unique() - 1).tolist()  # small ones may coincide
@@ -117,7 +113,6 @@ class Diffusion(nn.Module):
     def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic",
                     x_T=None, clip=True, seen=None):
         """DDIM (Song et al. 2020): `steps` jumps from noise x_T to images.
-
         eta in 0..1, else ValueError: 0 adds no noise; 1, linear with T steps, is DDPM.
         seen: a list, each jump appends (t, x_t, x0^).
         """
@@ -189,7 +184,6 @@ def zero(layer):
 
 class GroupNorm(nn.GroupNorm):
     """Group norm, computed in its input's dtype."""
-
     def __init__(self, c):
         # At least 8 channels a group: with one (instance norm) the net forgets brightness
         super().__init__(math.gcd(32, c, max(1, c // 8)), c)
@@ -202,7 +196,6 @@ class GroupNorm(nn.GroupNorm):
 
 class Attention(nn.Module):
     """Residual self-attention over positions; heads of 64 channels."""
-
     def __init__(self, c):
         super().__init__()
         self.heads = c // math.gcd(c, 64)  # smaller if 64 does not divide c
@@ -220,7 +213,6 @@ class Attention(nn.Module):
 
 class ResBlock(nn.Module):
     """A residual block, conditioned on time and path, then attention, if any."""
-
     def __init__(self, c_in, c_out, emb_dim, dropout, attend):
         super().__init__()
         self.norm1 = GroupNorm(c_in)
@@ -242,12 +234,10 @@ class ResBlock(nn.Module):
 
 class UNet(nn.Module):
     """v_psi(x_t, t, y): (B, C + extra, H, W), (B,), (B, emb_dim) or None -> v (B, C, H, W).
-
     Each multiplier is a scale of `blocks` residual blocks, at half the side each time. Attention
     is in the middle and at the sides in `attention`. extra: channels after those of x_t.
     ValueError for a side that does not fit.
     """
-
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.3, extra=0):
         super().__init__()
@@ -317,7 +307,7 @@ if __name__ == "__main__":
     print(f"Training on images {tuple(images.shape)}: a diagonal, its mirror image")
     optimizer = torch.optim.Adam([*unet.parameters(), *table.parameters()], lr=2e-3)
     for step in range(201):
-        kind = torch.randint(2, (32,))  # which image
+        kind = torch.randint(2, (32,))
         loss = diffusion.loss(net, images[kind], table(kind))
         if step % 50 == 0:
             print(f"  step {step:3d}: eq. (30) = {loss.item():.3f}")

@@ -101,18 +101,16 @@ def load_inception(file):
     def rescale(net, inputs):  # size and range as in pytorch-fid
         x = inputs[0].expand(-1, 3, -1, -1)
         return 2 * nn.functional.interpolate(x, (299, 299), mode="bilinear") - 1
-
     def pool_again(block, inputs, out):  # replaces a block's last branch
         branch = block.branch_pool(block.pool(inputs[0]))
         out[:, -branch.shape[1]:] = branch
-
     net = Inception3(1008, aux_logits=False, init_weights=False)
     load, source = torch.load, file
     if file == "download":
         load, source = torch.hub.load_state_dict_from_url, URL
     try:
         net.load_state_dict(load(source, map_location="cpu", weights_only=True))
-    except Exception as error:  # missing, damaged, other
+    except Exception as error:
         if file != "download":
             train.fail(f"no FID: {error}")
         print(f"no FID: {error}")

@@ -25,10 +25,10 @@ import train
 from diffusion import autocast
 from treevae import Path
 
-# Okabe and Ito's, made for the colour-blind, and two more
+# Okabe and Ito's for the colour-blind, and two more
 COLOURS = "#0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #000000 #999999 #8b5a2b".split()
 TITLES = "test images", "TreeVAE's decoder", "diffusion"
-PIXELS = 200_000  # that go through a network at once: 255 images of 28 x 28
+PIXELS = 200_000  # through a network at once: 255 images of 28 x 28
 
 
 def draw_images(run, path, steps, eta, x_T=None, seen=None):
@@ -217,7 +217,7 @@ def main(argv=None):
     """Load a run, draw its pictures."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("run", help="a folder, such as runs/fashion")
+    add("run", help="such as runs/fashion")
     add("--node", type=int, help="only draw n x n new images below this node or leaf")
     add("--steps", type=int, default=100, help="of DDIM, 1..T (100)")
     add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1 (0)")
@@ -242,7 +242,7 @@ def main(argv=None):
     draw_grids(folder / "leaves.png", images, n, rows=names)
     draw_grids(folder / "one_root.png", one_root(run, steps), len(names), heads=names, stacked=True)
     x = run.data.test_images[:2 * n].to(run.device).float() / 255
-    path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))  # to the most probable leaf
+    path = tree.infer_path(x, tree.leaf_probs(x).argmax(1))
     images = x.cpu(), *draw_images(run, path, steps, eta)
     draw_grids(folder / "reconstructions.png", images, 2 * n, stacked=True, titles=TITLES)
     if run.networks:

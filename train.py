@@ -4,7 +4,7 @@
     python train.py --dataset fashion            Fashion-MNIST, downloaded into --data-root
     python train.py --dataset fashion --resume   goes on where it stopped
 
-Read the section Training first; what comes before it is for looking up.
+Read the section Training first; the rest is for looking up.
 """
 
 import argparse
@@ -30,64 +30,64 @@ from treevae import Path, TreeVAE, cut_features, cut_targets
 
 
 def fail(sentence):
-    """End the program for a mistake of the user: one sentence on stderr, exit code 2."""
+    """End the program for a user's mistake: one sentence on stderr, exit code 2."""
     print("error:", " ".join(str(sentence).split())[:300], file=sys.stderr)
     raise SystemExit(2)
 
 
-# == Settings: every field is a flag; the defaults are the preset tiny =============================
+# == Settings ==
 
 @dataclass
 class Config:
-    """All settings of a run; its config.json is this."""
-    dataset: str = "shapes"           # a name in DATASETS, or the path of a folder of images
-    preset: str = "auto"              # tiny (a laptop), small (a consumer GPU), paper (Appendix D)
-    data_root: str = "data"           # folder of downloaded data sets
-    out: str = ""                     # the run's folder; empty: runs/<dataset>
+    """All settings of a run, as in its config.json. Each is a flag; the defaults: preset tiny."""
+    dataset: str = "shapes"  # a name in DATASETS, or a folder of images
+    preset: str = "auto"     # tiny (a laptop), small (a consumer GPU), paper (Appendix D)
+    data_root: str = "data"  # for downloads
+    out: str = ""            # the run's folder; empty: runs/<dataset>
     seed: int = 1
-    device: str = "auto"              # cuda, mps or cpu; auto: the first there is
-    quick: bool = False               # a few steps of every phase, on 2,048 images
+    device: str = "auto"     # cuda, mps or cpu; auto: the first there is
+    quick: bool = False      # a few steps of each phase
     # stage 1: the networks
-    latent_channels: int = 8          # of each z_i
-    bottom_up_channels: int = 128     # of each d_h, and of the hidden layers in the tree
-    representation_dim: int = 1       # r: z_i and d_h are r x r maps
-    encoder: str = "cnn"              # cnn or resnet
-    decoder: str = "mlp"              # cnn, resnet, or mlp with r = 1
-    max_depth: int = 6                # H
-    max_leaves: int = 10              # clusters; 1: the root alone, a plain VAE
+    latent_channels: int = 8       # of each z_i
+    bottom_up_channels: int = 128  # of each d_h and the tree's hidden layers
+    representation_dim: int = 1    # r: z_i and d_h are r x r maps
+    encoder: str = "cnn"           # cnn or resnet
+    decoder: str = "mlp"           # cnn, resnet, or mlp with r = 1
+    max_depth: int = 6             # H
+    max_leaves: int = 10           # clusters; 1: the root alone, a plain VAE
     # stage 1: training
-    initial_epochs: int = 20          # the root and two leaves
-    grow_epochs: int = 5              # each split, on its leaf's images
-    intermediate_epochs: int = 0      # all parameters, after every third split
-    finetune_epochs: int = 12         # all parameters, once the tree is grown and pruned
-    tree_batch_size: int = 256        # see `batch_size_for`
-    grow_batch_size: int = 128        # while only a split trains
-    kl_start: float = 0.02            # KL weight in the first epoch of the initial phase
-    kl_start_later: float = 0.1       # the same in all other phases
-    kl_per_epoch: float = 0.08        # what each epoch adds, up to 1
-    contrastive: float = 100.0        # weight of NT-Xent
-    cut: float = 30.0                 # weight that makes a new router follow the best cut; 0: none
+    initial_epochs: int = 20      # the root and two leaves
+    grow_epochs: int = 5          # each split, on its leaf's images
+    intermediate_epochs: int = 0  # all parameters, after every third split
+    finetune_epochs: int = 12     # all parameters, after growing and pruning
+    tree_batch_size: int = 256    # at most; see `batch_size_for`
+    grow_batch_size: int = 128    # while only a split trains
+    kl_start: float = 0.02        # KL weight at first
+    kl_start_later: float = 0.1   # the same after the initial phase
+    kl_per_epoch: float = 0.08    # what each epoch adds, up to 1
+    contrastive: float = 100.0    # weight of NT-Xent
+    cut: float = 30.0             # weight of a new router's best cut
     # stage 2
-    tree: str = ""                    # a run whose tree is taken, so that only stage 2 is trained
-    condition: str = "path"           # the paper's ablation: leaf, leaf-index, leaf-latent, none
+    tree: str = ""             # a run: stage 2 alone is trained, on its tree
+    condition: str = "path"    # the ablation: leaf, leaf-index, leaf-latent, none
     with_reconstruction: bool = False  # the U-Net also sees the leaf's reconstruction
-    unet_channels: int = 32           # at full size
-    unet_multipliers: str = "1,2,2"   # channels at each scale, in multiples of that
-    unet_blocks: int = 1              # residual blocks a scale
-    unet_attention: str = ""          # sides of the maps with self-attention; the middle has it
+    unet_channels: int = 32    # at full size
+    unet_multipliers: str = "1,2,2"  # of these channels, at each scale
+    unet_blocks: int = 1       # residual blocks a scale
+    unet_attention: str = ""   # sides of the maps with self-attention
     dropout: float = 0.0
-    diffusion_epochs: int = 3         # 0: no stage 2
+    diffusion_epochs: int = 3  # 0: no stage 2
     diffusion_batch_size: int = 32
-    diffusion_lr: float = 1e-3        # of Adam
-    warmup_steps: int = 200           # in which that rises linearly from 0
-    ema_decay: float = 0.9999         # of the weights' moving average, reached by a warm-up
+    diffusion_lr: float = 1e-3
+    warmup_steps: int = 200    # in which that rises from 0
+    ema_decay: float = 0.9999  # of the weights' moving average
 
 
 PRESETS = {
     "tiny": {},
     "small": dict(unet_channels=64, dropout=0.1, diffusion_epochs=14, diffusion_batch_size=128,
                   warmup_steps=500),
-    # Appendix D, and the authors' configuration files where it is silent
+    # Appendix D; where it is silent, the authors' configuration files
     "paper": dict(
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
@@ -95,32 +95,32 @@ PRESETS = {
         cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
         dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256, diffusion_lr=2e-4,
         warmup_steps=5000)}
-PAPER_32 = dict(                      # over it, at 32 x 32 x 3
+PAPER_32 = dict(  # over it, at 32 x 32 x 3
     encoder="resnet", decoder="resnet", latent_channels=64, bottom_up_channels=128,
     contrastive=100.0, intermediate_epochs=0, finetune_epochs=0, kl_start=0.01,
     kl_start_later=0.01, kl_per_epoch=0.01, unet_channels=128, unet_attention="16,8")
-PAPER_64 = PAPER_32 | dict(           # and at 64 x 64 x 3
+PAPER_64 = PAPER_32 | dict(  # and at 64 x 64 x 3
     tree_batch_size=128, grow_batch_size=128, unet_multipliers="1,2,2,2,4",
     diffusion_batch_size=32, diffusion_epochs=500)
-DRAWN = dict(                         # over tiny: 8,000 drawings need few epochs
+DRAWN = dict(  # over tiny: 8,000 drawings need few epochs
     max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, grow_batch_size=64,
     kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16, unet_multipliers="1,2,4")
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, tree_batch_size=64, grow_batch_size=32, unet_channels=16,
              diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two cores without a GPU",
+HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two CPU cores",
                 small="10 minutes for fashion or mnist on a consumer GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
-CHUNK = 50                            # steps of stage 2 between two rows of log.csv
-SAVE_STEPS = 500                      # of stage 2 between two checkpoints; stage 1: each epoch
-MIN_SHARE = 0.01                      # a leaf with a smaller share of the images is pruned
+CHUNK = 50  # steps of stage 2 between two rows of log.csv
+SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
+MIN_SHARE = 0.01  # a leaf with a smaller share of the images is pruned
 
 
 def choose_settings(typed):
     """The Config of a new run: what is typed goes before --quick, the data set and the preset."""
     dataset, preset = typed.get("dataset", "shapes"), typed.get("preset", "auto")
-    if preset == "auto":              # drawings need no large U-Net
+    if preset == "auto":  # drawings need no large U-Net
         on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
         preset = "small" if on_gpu else "tiny"
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
@@ -129,24 +129,24 @@ def choose_settings(typed):
 
 
 def batch_size_for(images, batch_size):
-    """At least 20 batches an epoch, so that small data sets, too, get their steps and splits."""
+    """At least 20 batches an epoch, so that small data sets get their steps and splits."""
     return min(batch_size, max(16, 2 ** int(math.log2(len(images) / 20))))
 
 
 def kl_weight(config, phase, epoch):
-    """The weight of the three KL terms of eq. (21): it rises linearly to 1, epoch by epoch."""
+    """The weight of the three KL terms of eq. (21): rising linearly to 1, epoch by epoch."""
     # Small at first: while the decoders cannot draw yet, an informative z costs KL and gains
     # nothing, so q would collapse to the prior (kl_root to 0)
     start = config.kl_start if phase == "initial" else config.kl_start_later
     rate = config.kl_per_epoch
-    if phase == "finetune":           # the model that is left is trained on the ELBO itself
+    if phase == "finetune":  # ends on the ELBO itself
         rate = max(rate, 0.01, 1 / max(1, config.finetune_epochs - 1))
     return min(1.0, start + rate * epoch)
 
 
-# == Data: in memory as uint8; labels are for looking at results only ==============================
+# == Data ==
 
-# images (N, C, H, W) uint8, labels (N,) long; classes: their names, [] where all labels are 0
+# images (N, C, H, W) uint8; labels (N,) long, for evaluation only; classes: their names
 Data = namedtuple("Data", "images labels test_images test_labels classes")
 SHAPES = [f"{how} {what}" for how in ("filled", "outlined")
           for what in ("disc", "ellipse", "triangle", "cross")]
@@ -155,13 +155,11 @@ SHAPES = [f"{how} {what}" for how in ("filled", "outlined")
 def draw_shapes(n, seed, colour):
     """n drawings and their classes, (n,): (n, 1, 28, 28) or, in colour, (n, 3, 32, 32) uint8."""
     rng, side = np.random.default_rng(seed), 32 if colour else 28
-    label = rng.integers(0, 8, n)
-
-    def vary(low, high, channels=1):                     # less in a class than between classes
+    label = rng.integers(0, 8, (n, 1, 1, 1))  # 0..3 filled, 4..7 outlined
+    def vary(low, high, channels=1):  # less in a class than between classes
         return rng.uniform(low, high, (n, channels, 1, 1))
-
-    y, x = np.mgrid[:side, :side] - (side - 1) / 2       # (side, side), 0 in the middle
-    angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)    # (n, 1, 1, 1)
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2  # (side, side), 0 in the middle
+    angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)  # (n, 1, 1, 1)
     x, y = x - vary(-1, 1), y - vary(-1, 1)
     u = (x * np.cos(angle) + y * np.sin(angle)) / size
     v = (y * np.cos(angle) - x * np.sin(angle)) / size
@@ -171,14 +169,13 @@ def draw_shapes(n, seed, colour):
     triangle = np.maximum(np.abs(u) * 0.87 - v * 0.5, v) - 5.5
     bar = np.maximum(np.abs(u) - 11, np.abs(v) - 3)
     cross = np.minimum(bar, np.maximum(np.abs(v) - 11, np.abs(u) - 3))
-    kind = label[:, None, None, None]                    # 0..3 filled, 4..7 outlined
-    distance = np.choose(kind % 4, [disc, ellipse, triangle, cross])
-    distance = np.where(kind < 4, distance, np.abs(distance) - vary(1.0, 1.4))
+    distance = np.choose(label % 4, [disc, ellipse, triangle, cross])
+    distance = np.where(label < 4, distance, np.abs(distance) - vary(1.0, 1.4))
     images = vary(0.85, 1) * np.clip(0.5 - distance, 0, 1)
-    if colour:                                           # any bright shape on any dark ground
+    if colour:  # any bright shape on any dark ground
         bright, dark = vary(0.5, 1, 3), vary(0, 0.4, 3)
         images = dark + images * (bright - dark)
-    return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label)
+    return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label.ravel())
 
 
 def load_shapes(config):
@@ -192,10 +189,10 @@ def load_arrays(config, kind):
     parts = []
     for train in (True, False):
         part = kind(config.data_root, train=train, download=True)
-        images = torch.as_tensor(part.data)              # (N, H, W), or (N, H, W, 3)
+        images = torch.as_tensor(part.data)  # (N, H, W), or (N, H, W, 3)
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         parts += [images.contiguous(), torch.as_tensor(part.targets)]
-    return Data(*parts, list(part.classes))
+    return Data(*parts, part.classes)
 
 
 def load_files(config):
@@ -203,60 +200,55 @@ def load_files(config):
     folder, box = pathlib.Path(config.dataset), None
     if config.dataset == "celeba":
         datasets.CelebA(config.data_root, "all", download=True)
-        folder = pathlib.Path(config.data_root, "celeba", "img_align_celeba")
-        box = 15, 40, 163, 188        # the authors' crop
+        folder = pathlib.Path(config.data_root, "celeba/img_align_celeba")
+        box = 15, 40, 163, 188  # the authors' crop
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-    np.random.default_rng(0).shuffle(files)              # not class by class
+    np.random.default_rng(0).shuffle(files)  # not class by class
     names = ["".join(file.relative_to(folder).parent.parts[:1]) for file in files]
     classes, labels = np.unique(names, return_inverse=True)
     images, side = [], None
     for file in files:
-        image = datasets.folder.default_loader(file).crop(box)         # RGB; None: all of it
+        image = datasets.folder.default_loader(file).crop(box)  # RGB; None: all of it
         image = TF.center_crop(image, min(image.size))
-        if side is None:                                 # the nearest one that TreeVAE takes
+        if side is None:  # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
     images, labels, n = torch.stack(images), torch.from_numpy(labels), len(files) // 10
-    if (images[:, :1] == images[:, 1:]).all():           # grey
+    if (images[:, :1] == images[:, 1:]).all():  # grey
         images = images[:, :1].contiguous()
     return Data(images[n:], labels[n:], images[:n], labels[:n],
                 classes.tolist() if len(classes) > 1 else [])
 
 
-# How much the random views of an image differ; the names are torchvision's
+# How much random views differ; the names are torchvision's
 GREY = dict(scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.5, contrast=0.0,
             saturation=0.0, hue=0.0, jitter=1.0, grey=0.0, gamma=0.5)
 COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
-              saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0.0)        # the paper's
+              saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0.0)  # the paper's
 
 
 def random_view(config, x, **changes):
     """A random view of images x (B, C, H, W) in [0, 1]: cropped, flipped, in other colours."""
     how = (COLOUR if x.shape[1] == 3 else GREY) | DATASETS.get(config.dataset, OWN).views | changes
-
-    def uniform(low, high):
-        # A number for each image; torchvision's transforms draw one for the whole batch
+    def uniform(low, high):  # torchvision's transforms draw one number for the whole batch
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
-
     area, ratio = uniform(*how["scale"]), uniform(*map(math.log, how["ratio"])).exp()
-    width = (area * ratio).sqrt().clamp(max=1)           # of the crop; 1: the whole image's
-    height = (area / ratio).sqrt().clamp(max=1)          # (B, 1, 1, 1), as all these numbers
-    flip = torch.where(uniform(0, 1) < how["flip"], -1.0, 1.0)           # -1: mirrored
+    width = (area * ratio).sqrt().clamp(max=1)  # of the crop; 1: the whole image's
+    height = (area / ratio).sqrt().clamp(max=1)  # (B, 1, 1, 1), as all these numbers
+    flip = torch.where(uniform(0, 1) < how["flip"], -1.0, 1.0)  # -1: mirrored
     right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    theta = torch.cat([width * flip, 0 * width, right, 0 * height, height, down], 1)    # (B, 6)
+    theta = torch.cat([width * flip, 0 * width, right, 0 * height, height, down], 1)  # (B, 6)
     grid = F.affine_grid(theta.view(-1, 2, 3), x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    jittered = uniform(0, 1) < how["jitter"]             # or the colours stay as they are
-
+    jittered = uniform(0, 1) < how["jitter"]  # or the colours stay as they are
     def factor(strength):
         return torch.where(jittered, uniform(1 - strength, 1 + strength), 1.0)
-
     x = factor(how["brightness"]) * x
     if x.shape[1] == 3:
-        mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
+        mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
         x = mean + factor(how["contrast"]) * (x - mean)
-        luminance = TF.rgb_to_grayscale(x)               # (B, 1, H, W)
+        luminance = TF.rgb_to_grayscale(x)  # (B, 1, H, W)
         x = luminance + factor(how["saturation"]) * (x - luminance)
         # hue: Rodrigues' rotation of the colours about the grey axis (1, 1, 1)
         angle, axis = 2 * math.pi * (factor(how["hue"]) - 1), x.mean(1, keepdim=True)
@@ -266,8 +258,7 @@ def random_view(config, x, **changes):
     return x.clamp(0, 1) ** uniform(-how["gamma"], how["gamma"]).exp()
 
 
-# load: Config -> Data; settings: over those of tiny and small; paper: over those of paper; views:
-# over GREY or COLOUR. Three channels have a Gaussian likelihood, one has a Bernoulli likelihood
+# load: Config -> Data; what goes over tiny and small, over paper, over GREY or COLOUR
 DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {}])
 DATASETS = {
     "shapes": DataSet(load_shapes, DRAWN),
@@ -283,28 +274,28 @@ OWN = DataSet(load_files, {}, PAPER_64)
 
 
 def load_data(config):
-    """The data set of a config: drawn, read or downloaded -> Data, on the CPU; or one sentence."""
+    """The data set of a config: drawn, read or downloaded -> Data, on the CPU."""
     try:
         data = DATASETS.get(config.dataset, OWN).load(config)
-    except Exception as error:        # no network, a damaged file, ...: it shows in many ways
+    except Exception as error:  # no network, a damaged file, ...
         fail(f"--dataset {config.dataset} is none of {', '.join(DATASETS)}, nor a folder of "
-             f"images, or it is not in --data-root and cannot be downloaded ({error})")
+             f"images, or cannot be downloaded into --data-root ({error})")
     some = slice(2048 if config.quick else None)
     return data._replace(images=data.images[some], labels=data.labels[some])
 
 
-# == A run: device, networks, files ================================================================
+# == Device, networks, files ==
 
 def pick_device(name):
     """The named device, or the first there is of cuda, mps and cpu."""
     if name == "auto":
-        there = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-        name = ("cuda", "mps", "cpu")[there.index(True)]
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         torch.ones(1, device=name)
     except (RuntimeError, AssertionError) as error:
         fail(f"this torch cannot use --device {name} ({error})")
-    torch.set_float32_matmul_precision("high")           # TF32 on CUDA
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     return torch.device(name)
 
 
@@ -362,48 +353,46 @@ def load_file(folder, name):
         if name == "config.json":
             return Config(**(json.loads(path.read_text()) | dict(out=str(folder))))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:        # a damaged file shows itself in many ways
-        fail(f"{path} is missing or damaged: train with python train.py --out {folder}, or go on "
-             f"with an interrupted run by --resume ({error})")
+    except Exception as error:  # a damaged file fails in many ways
+        fail(f"{path} is missing or damaged; an interrupted run goes on by --resume ({error})")
 
 
-# A finished run, in eval mode; data on the CPU; networks None where there is no stage 2
+# A finished run, in eval mode; data on the CPU; networks: None without stage 2
 Run = namedtuple("Run", "folder config device data tree networks diffusion")
 
 
 def load_run(folder, device="auto"):
-    """A run's folder -> Run; or one sentence where it is missing or damaged."""
+    """A run's folder -> Run."""
     config, saved = load_file(folder, "config.json"), load_file(folder, "tree.pt")
     device, data, networks = pick_device(device), load_data(config), None
-    tree = build_tree(config, tuple(data.images.shape[1:]), saved["parents"])
+    tree = build_tree(config, data.images.shape[1:], saved["parents"])
     tree.load_state_dict(saved["tree"])
     tree.to(device).requires_grad_(False).eval()
     if config.diffusion_epochs:
-        networks = build_denoiser(config, tree)
+        networks = build_denoiser(config, tree).to(device).requires_grad_(False).eval()
         networks.load_state_dict(load_file(folder, "diffusion.pt"))
-        networks.to(device).requires_grad_(False).eval()
     return Run(pathlib.Path(folder), config, device, data, tree, networks, Diffusion().to(device))
 
 
 def live(text, last=False):
-    """Redraw the live line; its last version stays. In a log only the last versions appear."""
+    """Redraw the live line; in a log only its last version appears."""
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
     elif last:
         print(text, flush=True)
 
 
-# == Training ======================================================================================
+# == Training ==
 # `state` is what a checkpoint keeps: the phase, its number n_phases, its epochs or steps `done`; of
-# a split its node, rows (of images) and their targets. Seeds follow from seed, phase and epoch, so
-# that a resumed run is the same, bit for bit.
+# a split its node, rows (of images) and targets. Seeds follow from these, so --resume is exact.
 
-def report(state, title, row, n_images, seconds, n_left):
-    """Add a row to the log; redraw the live line: phase, time left, speed, and the row's terms."""
+def report(state, title, row, n_images, began, n_left):
+    """Add a row to the log; redraw the live line. n_left: rows to come."""
+    seconds = time.monotonic() - began
     state["seconds"] += seconds
     state["log"].append(dict(seconds=round(state["seconds"]), phase=state["phase"], **row))
     terms = "  ".join(f"{name} {row[name]:.4g}" for name in TERMS if name in row)
-    live(f"{title}  {n_left * seconds / n_images / 60:.0f} min left  {n_images / seconds:.0f} "
+    live(f"{title}  {n_left * seconds / 60:.0f} min left  {n_images / seconds:.0f} "
          f"images/s  {terms}", last=n_left == 0)
 
 
@@ -412,17 +401,17 @@ def train_phase(config, state, tree, images, folder):
     phase, node, target = state["phase"], state["node"], state["target"]
     rows, batch_size = torch.arange(len(images)), config.tree_batch_size
     if phase == "grow":
-        rows, batch_size = state["rows"], config.grow_batch_size       # its leaf's images
+        rows, batch_size = state["rows"], config.grow_batch_size  # its leaf's images
     batch_size = min(batch_size_for(images, batch_size), len(rows))
-    n_batches = len(rows) // batch_size                  # a last, smaller batch is left out
+    n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    # beyond the paper: clusters that follow cuts stay as they are, or the ELBO would blur them
+    # beyond the paper: clusters that follow cuts stay, or the ELBO would blur them
     keep_clusters = phase == "finetune" and config.cut > 0 and config.contrastive > 0
     contrastive = 0.0 if keep_clusters else config.contrastive
     tree.train_only(node, decisions=not keep_clusters)
     trained = [p for p in tree.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
-    if state["optimizer"] is not None:
+    if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     for epoch in range(state["done"], n_epochs):
         torch.manual_seed(hash((config.seed, state["n_phases"], epoch)))
@@ -433,18 +422,18 @@ def train_phase(config, state, tree, images, folder):
         if target is not None:
             targets = target[order].to(images.device).split(batch_size)
         for step in range(n_batches):
-            progress = (epoch + step / n_batches) / n_epochs           # 0 .. 1
-            lr = 0.5e-3 * (1 + math.cos(math.pi * progress))           # 1e-3 .. 0
+            progress = (epoch + step / n_batches) / n_epochs
+            lr = 0.5e-3 * (1 + math.cos(math.pi * progress))  # 1e-3 .. 0
             if config.preset == "paper":
                 lr = 1e-3 * 0.1 ** (epoch // 100)
             optimizer.param_groups[0]["lr"] = lr
-            x = images[batches[step]].float() / 255      # (B, C, H, W) in [0, 1]
+            x = images[batches[step]].float() / 255  # (B, C, H, W) in [0, 1]
             if target is None:
-                view = random_view(config, x) if contrastive else None    # (B, C, H, W)
-                if config.preset == "paper" and x.shape[1] == 3:       # the ELBO of another view
+                view = random_view(config, x) if contrastive else None
+                if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
                     x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
-            else:                     # beyond the paper: the new router follows the cut
+            else:  # beyond the paper: the new router follows the cut
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
                 logit = next(v.logit_q for v in visits if v.node == node)
@@ -454,12 +443,11 @@ def train_phase(config, state, tree, images, folder):
             loss.backward()
             optimizer.step()
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.detach()        # no .item(): no waiting
+                sums[name] = sums.get(name, 0) + value.detach()  # no .item(): no waiting
         means = {name: round(value.item() / n_batches, 4) for name, value in sums.items()}
         shares = " ".join(f"{k[2:]}:{mean}" for k, mean in means.items() if k.startswith("P_"))
         row = dict(node=node, epoch=epoch + 1, kl_weight=weight, leaf_shares=shares, **means)
-        report(state, f"{phase} {epoch + 1}/{n_epochs}", row, n_seen, time.monotonic() - began,
-               (n_epochs - epoch - 1) * n_seen)
+        report(state, f"{phase} {epoch + 1}/{n_epochs}", row, n_seen, began, n_epochs - epoch - 1)
         save_state(folder, state, done=epoch + 1, optimizer=optimizer.state_dict(),
                    tree=tree.state_dict())
 
@@ -468,60 +456,57 @@ def next_phase(config, state, tree, images):
     """The algorithm of stage 1: what follows the phase that ended. Grows or prunes the tree."""
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
-    guided = config.cut > 0 and config.contrastive > 0   # the contrast makes the features to cut
+    guided = config.cut > 0 and config.contrastive > 0  # the contrast makes the features to cut
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
-    sizes = torch.bincount(probs.argmax(1), minlength=len(tree.leaves))
-    n_leaves = int((sizes >= MIN_SHARE * len(images)).sum())           # if pruned now
+    n_leaves = (probs.argmax(1).bincount() >= MIN_SHARE * len(images)).sum()  # if pruned now
     if ended == "initial" and guided and len(tree.leaves) == 2:
         # beyond the paper: the root's routers and children train again, along the best cut
-        split = 0, torch.ones(len(images), dtype=torch.bool, device=images.device)
+        split = 0, torch.ones_like(probs[:, 0]).bool()
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune" and n_leaves < config.max_leaves > len(tree.leaves) / 2:
-        least = batch_size_for(images, config.tree_batch_size)         # of the images
-        split = tree.next_split(probs, least, hard=guided)
-    if split is not None:
-        node, has = split             # what is new there trains, on the images that it has
+        split = tree.next_split(probs, batch_size_for(images, config.tree_batch_size), hard=guided)
+    if split:
+        node, has = split  # its new parts train, on its images
         if not tree.children_of(node):
             tree.grow(node)
         rows = has.nonzero().squeeze(1)
         if guided:
             features = []
-            for some in rows.split(1000):                # means over four mild views
+            for some in rows.split(1000):  # means over four mild views
                 x = images[some].float() / 255
                 views = [random_view(config, x, scale=(0.7, 1.0)) for _ in range(4)]
                 features.append(sum(cut_features(tree, view) for view in views) / 4)
             state["target"] = cut_targets(torch.cat(features)).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
-    pruned = []                       # until no leaf has too few images, and there are not too many
+    pruned = []  # until no leaf has too few images, and there are not too many
     while len(tree.leaves) > 1:
-        share = MIN_SHARE if len(tree.leaves) <= config.max_leaves else 1.0    # the smallest goes
+        share = MIN_SHARE if len(tree.leaves) <= config.max_leaves else 1.0  # the smallest goes
         leaf = tree.next_prune(leaf_probs(tree, images), share)
         if leaf is None:
             break
         tree.prune(leaf)
-        tree.eval()
-        pruned.append(leaf)
+        pruned.append(str(leaf))
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
-    return state.update(phase=follows, note=f"pruned: {' '.join(map(str, pruned)) or 'nothing'}")
+    return state.update(phase=follows, note=f"pruned: {' '.join(pruned) or 'nothing'}")
 
 
 def train_diffusion(config, state, tree, images, folder):
     """Stage 2: the tree is frozen; U-Net and path encoder learn to denoise, given the path."""
     device, batch_size = images.device, min(config.diffusion_batch_size, len(images))
     if images.shape[-1] == 64 and config.preset != "paper":
-        batch_size = max(1, batch_size // 4)             # what fits at 28 x 28 would not here
+        batch_size = max(1, batch_size // 4)  # what fits at 28 x 28 would not here
     tree.requires_grad_(False).eval()
     torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
     diffusion = Diffusion().to(device)
     networks = build_denoiser(config, tree).to(device)
-    average = copy.deepcopy(networks).requires_grad_(False)              # what samples are drawn by
+    average = copy.deepcopy(networks).requires_grad_(False)
     optimizer = torch.optim.Adam(networks.parameters(), fused=True)
     saved = dict(networks=networks, average=average, optimizer=optimizer)
-    if state["optimizer"] is not None:
+    if state["optimizer"]:
         for name, part in saved.items():
             part.load_state_dict(state[name])
     n_steps = config.diffusion_epochs * (len(images) // batch_size)
@@ -529,12 +514,10 @@ def train_diffusion(config, state, tree, images, folder):
         torch.manual_seed(hash((config.seed, state["n_phases"], first)))
         began, total, last = time.monotonic(), 0.0, min(first + CHUNK, n_steps)
         rows = torch.randint(len(images), ((last - first) * batch_size,), device=device)
-        x = images[rows].float() / 255                   # the images of `CHUNK` steps
-        # eq. (6): the leaf is sampled from P(l; c). The tree is frozen, so the paths of all of them
-        # are drawn at once, in a quarter of the time
-        path = tree.infer_path(x)
-        parts = [part.split(batch_size) for part in (2 * x - 1, path.z, path.nodes)]
-        for step, (x0, z, nodes) in enumerate(zip(*parts), first):       # x0 in [-1, 1]
+        x = images[rows].float() / 255  # of `CHUNK` steps
+        # eq. (6): l ~ P(l; c). The tree is frozen: all paths at once, in a quarter of the time
+        parts = [part.split(batch_size) for part in (2 * x - 1, *tree.infer_path(x))]
+        for step, (x0, z, nodes) in enumerate(zip(*parts), first):  # x0 in [-1, 1]
             lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))
             if config.preset != "paper":
                 lr = lr * 0.5 * (1 + math.cos(math.pi * step / n_steps))
@@ -549,23 +532,21 @@ def train_diffusion(config, state, tree, images, folder):
             update_average(average, networks, step, config.ema_decay)
             total = total + loss.detach()
         row = dict(step=last, loss=round(total.item() / (last - first), 6))
-        report(state, f"diffusion {last}/{n_steps}", row, len(rows), time.monotonic() - began,
-               (n_steps - last) * batch_size)
+        report(state, f"diffusion {last}/{n_steps}", row, len(x), began, (n_steps - last) / CHUNK)
         if last % SAVE_STEPS == 0 or last == n_steps:
-            states = {name: part.state_dict() for name, part in saved.items()}
-            save_state(folder, state, done=last, **states)
+            save_state(folder, state, done=last, **{k: v.state_dict() for k, v in saved.items()})
     replace_file(folder / "diffusion.pt", lambda file: torch.save(average.state_dict(), file))
 
 
-# == From the command line to a finished run =======================================================
+# == From the command line to a finished run ==
 
 def begin(argv):
     """The command line -> Config and state of a new run, or of the one to go on with."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.error = fail               # one sentence, without a list of all flags
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.error = fail  # not a list of all flags
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     choices = dict(preset=["auto", *PRESETS], condition=SIGNALS)
-    for f in fields(Config):          # the comments there say what they are
+    for f in fields(Config):
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:
             how = dict(action="store_true")
@@ -576,43 +557,42 @@ def begin(argv):
     state = dict(phase="initial", n_phases=0, done=0, seconds=0.0, node=None, rows=None,
                  target=None, tree=None, optimizer=None, log=[],
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
-    if config.tree:                   # stage 2 alone, on the tree and with the settings of a run
-        config = load_file(config.tree, "config.json")
-        config = Config(**(asdict(config) | dict(out="") | typed))
+    if config.tree:  # stage 2 alone, on the tree and with the settings of a run
+        config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
     folder = pathlib.Path(config.out)
     if resume:
         config = load_file(folder, "config.json")
         if asdict(config) != asdict(config) | typed | dict(out=config.out):
-            fail(f"the run in {folder} goes on with the settings in its config.json, no others")
+            fail(f"{folder} goes on with the settings of its config.json, no others")
         state = load_file(folder, "checkpoint.pt")
     elif (folder / "config.json").exists():
-        fail(f"{folder} holds a run: go on with it by --resume, or name another folder by --out")
+        fail(f"{folder} holds a run: go on with --resume, or name another --out")
     return config, state
 
 
 def main(argv=None):
     """The recipe: settings, data, stage 1, stage 2."""
     config, state = begin(argv)
-    data, device, folder = load_data(config), pick_device(config.device), pathlib.Path(config.out)
-    images = data.images.to(device)
+    device, folder = pick_device(config.device), pathlib.Path(config.out)
+    images = load_data(config).images.to(device)
     torch.manual_seed(hash((config.seed,)))
-    tree = build_tree(config, tuple(images.shape[1:]), state["parents"]).to(device)
-    build_denoiser(config, tree)      # a mistake in its settings shows before stage 1 is trained
-    if state["tree"] is not None:
+    tree = build_tree(config, images.shape[1:], state["parents"]).to(device)
+    build_denoiser(config, tree)  # a mistake in its settings shows before stage 1
+    if state["tree"]:
         tree.load_state_dict(state["tree"])
     folder.mkdir(parents=True, exist_ok=True)
-    save_state(folder, state)         # so that --resume goes on from the first epoch, too
+    save_state(folder, state)
     settings = json.dumps(asdict(config), indent=1).encode()
     replace_file(folder / "config.json", lambda file: file.write(settings))
     print(f"{config.dataset}: {len(images)} images {tree.image_shape}; preset {config.preset} on "
           f"{device}, {HOW_LONG[config.preset]}; into {folder}")
-    while state["phase"] != "diffusion":                 # stage 1
+    while state["phase"] != "diffusion":  # stage 1
         train_phase(config, state, tree, images, folder)
         torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
         next_phase(config, state, tree, images)
-        state["log"].append(dict(phase=state["phase"], node=state["node"], note=state["note"]))
+        state["log"].append({name: state[name] for name in ("phase", "node", "note")})
         save_state(folder, state, parents=list(tree.parents), tree=tree.state_dict())
     saved = dict(parents=tree.parents, tree=tree.state_dict())
     replace_file(folder / "tree.pt", lambda file: torch.save(saved, file))
@@ -626,14 +606,12 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; a run in training goes on with python train.py --resume, and its --out")
+        fail("stopped; a run in training goes on with train.py --resume and its --out")
     except (OSError, ValueError) as error:
         fail(error)
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
         fail("out of memory: halve --tree-batch-size, --grow-batch-size or --diffusion-batch-size "
-             f"in a new --out ({error})")
+             "in a new --out")
 
 
 if __name__ == "__main__":

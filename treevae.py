@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PRUNED = -2       # in place of a pruned node's parent
+PRUNED = -2  # in place of a pruned node's parent
 VAR_FLOOR = 1e-7  # where q = p, KL is 0 at any variance: without a floor both shrink, until NaN
 MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # image side -> map sides
 
@@ -228,7 +228,6 @@ class TreeVAE(nn.Module):
 
     @property
     def device(self):
-        """The parameters' device."""
         return next(self.parameters()).device
 
     def children_of(self, i):
@@ -296,7 +295,7 @@ class TreeVAE(nn.Module):
         """P(l; c) of the leaves, left to right: (B, n_leaves), eqs. (12), (18)."""
         d = self.bottom_up_pass(x)  # no z and no decoder: deterministic in eval mode
         logits = {i: self.nodes[i].router_q(d[self.depth(i)])
-                  for i in self.ids if self.nodes[i].router_q is not None}
+                  for i in self.ids if self.nodes[i].router_q}
         return self._leaf_probs(logits, len(x))
 
     def walk(self, d, below=None):
@@ -316,7 +315,7 @@ class TreeVAE(nn.Module):
                 q = precision_weighted(q, p)  # eqs. (15), (17)
             z[i] = q.sample()
             logit_q, logit_p = None, None
-            if node.router_q is not None:
+            if node.router_q:
                 logit_q = node.router_q(d_i)  # eq. (18): sees d, not z
                 logit_p = node.router_p(z[i])  # eq. (9)
             log_reach |= self._descend(i, log_reach[i], logit_q)
@@ -348,7 +347,7 @@ class TreeVAE(nn.Module):
                 left = F.logsigmoid(v.logit_q) - F.logsigmoid(v.logit_p)
                 right = F.logsigmoid(-v.logit_q) - F.logsigmoid(-v.logit_p)
                 terms["kl_decisions"] += reach * (r_q * left + (1 - r_q) * right)
-            if self.nodes[v.node].decoder is not None:
+            if self.nodes[v.node].decoder:
                 terms["reconstruction"] += reach * self.log_p_x(v.node, v.z, x)
         kl = terms["kl_root"] + terms["kl_nodes"] + terms["kl_decisions"]
         return dict(elbo=terms["reconstruction"] - kl, **terms)
@@ -368,7 +367,7 @@ class TreeVAE(nn.Module):
             means["contrastive"] = self.contrastive_loss(d, visits, below)
             loss = loss + contrastive_weight * means["contrastive"]
         for v in visits:
-            if self.nodes[v.node].decoder is not None:
+            if self.nodes[v.node].decoder:
                 means[f"P_{v.node}"] = v.log_reach_q.exp().mean()  # P(l; c)
         return loss, means
 
@@ -376,7 +375,7 @@ class TreeVAE(nn.Module):
         """NT-Xent between images and their views: a scalar. below: this node's router alone.
         d: `bottom_up_pass` of the images, then of the views; visits: `walk` of the images.
         """
-        total = torch.zeros((), device=d[0].device)
+        total = 0.0
         # Decisions, summed over routers: an image and its view go the same way, other images do not
         decide = [v for v in visits if v.logit_q is not None and below in (None, v.node)]
         if decide:
@@ -408,7 +407,7 @@ class TreeVAE(nn.Module):
             for v in self.walk(d):
                 w = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)  # log [p / q] P_p, so far
                 log_w |= self._descend(v.node, w, v.logit_p)
-                if self.nodes[v.node].decoder is not None:
+                if self.nodes[v.node].decoder:
                     leaves.append(w + self.log_p_x(v.node, v.z, x))
             samples.append(torch.stack(leaves).logsumexp(0))  # sum_l, (B,)
         return torch.stack(samples).logsumexp(0) - math.log(n_samples)
@@ -424,9 +423,8 @@ class TreeVAE(nn.Module):
         return z
 
     def prior_leaf_probs(self, z):
-        """P_p(l | z) by the generative routers; z: `sample_latents` -> (n, n_leaves)."""
-        logits = {i: self.nodes[i].router_p(z[i])  # eq. (9)
-                  for i in self.ids if self.nodes[i].router_p is not None}
+        """P_p(l | z) by the generative routers, eq. (9); z: `sample_latents` -> (n, n_leaves)."""
+        logits = {i: self.nodes[i].router_p(z[i]) for i in self.ids if self.nodes[i].router_p}
         return self._leaf_probs(logits, len(z[0]))
 
     def pick_path(self, z, leaf):
@@ -446,13 +444,13 @@ class TreeVAE(nn.Module):
         visits = self.walk(self.bottom_up_pass(x))
         if leaf is None:  # l ~ P(l; c), eq. (6)
             probs = self._leaf_probs({v.node: v.logit_q for v in visits}, len(x))
-            leaf = torch.multinomial(probs, 1).squeeze(1)
+            leaf = probs.multinomial(1).squeeze(1)
         return self.pick_path({v.node: v.z for v in visits}, leaf)
 
     def sample_path(self, n):
         """n samples of eqs. (1), (10), the prior -> Path."""
         z = self.sample_latents(n)
-        leaf = torch.multinomial(self.prior_leaf_probs(z), 1).squeeze(1)
+        leaf = self.prior_leaf_probs(z).multinomial(1).squeeze(1)
         return self.pick_path(z, leaf)
 
     def decode(self, path):
@@ -568,7 +566,7 @@ def cut_targets(features, n_points=2000, n_voters=7):
     return torch.cat(targets)
 
 
-def normalized_cut(points, neighbours=15, least=0.15):
+def normalized_cut(points, neighbours=30, least=0.15):
     """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> (N,) bool."""
     points = points.cpu().double()
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
