@@ -14,11 +14,6 @@ BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).view(-1, 1, 1, 1)
 ABAR = torch.cumprod(1 - BETA, 0)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def randomised(module):                                                  # no parameter is zero
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -170,19 +165,17 @@ def test_a_residual_block_scales_and_shifts_after_its_second_norm():
     assert [GroupNorm(c).num_groups for c in (4, 8, 64, 512)] == [1, 1, 8, 32]
 
 
-def test_the_unet_starts_at_v_0_and_attends_where_asked():
-    unet, sides = UNet((3, 64, 64), 8, (1, 2, 2, 2, 4), 1, (16, 8), 0.2), []
+def test_the_unet_starts_at_v_0_attends_where_asked_and_pairs_its_skip_connections():
+    unet, x = UNet((3, 28, 28), attention=(16, 8), dropout=0.2), torch.randn(2, 3, 28, 28)
+    sides, down, up = [], [], []
     for layer in unet.modules():
         if isinstance(layer, Attention):
             layer.register_forward_hook(lambda layer, inputs, out: sides.append(out.shape[-1]))
         assert not isinstance(layer, torch.nn.Dropout) or layer.p == 0.2
-    v = unet(torch.randn(2, 3, 64, 64), torch.tensor([3, 900]))
-    assert not v.any() and v.shape == (2, 3, 64, 64) and sides == [16, 8, 4, 8, 8, 16, 16]
-
-
-def test_skip_connections_come_back_latest_first_and_padding_is_cut_in_place():
-    unet, down, up, x = randomised(UNet((1, 28, 28))), [], [], torch.randn(2, 1, 28, 28)
-    assert sum(p.numel() for p in unet.parameters()) == 9_259_713 + 5 * 66_304  # 5 attend
+    v = unet(x, torch.tensor([3, 900]))
+    assert not v.any() and v.shape == x.shape and sides == [16, 16, 8, 8, 4, 8, 8, 8, 16, 16, 16]
+    assert sum(p.numel() for p in UNet((1, 28, 28)).parameters()) == 9_259_713 + 5 * 66_304
+    randomised(unet)                                                     # 5 attend by default
     for layer in unet.down:
         layer.register_forward_hook(lambda layer, inputs, out: down.append((inputs[0], out)))
     for block in [layer for layer in unet.up if isinstance(layer, ResBlock)]:
@@ -193,13 +186,11 @@ def test_skip_connections_come_back_latest_first_and_padding_is_cut_in_place():
         assert h.shape[1] > skip.shape[1] and torch.equal(h[:, -skip.shape[1]:], skip)
 
 
-class Watch(TorchDispatchMode):              # no .item(), no bool(), no tensor made of a number
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "lift_fresh")
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16():
+    class Watch(TorchDispatchMode):          # no .item(), no bool(), no tensor made of a number
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "lift_fresh")
+            return function(*args, **(kwargs or {}))
     unet, nodes, dtypes = UNet((1, 8, 8), 8, (1, 2), 1, ()), torch.tensor([[0, 1], [0, -1]]), []
     encoder, net = PathEncoder((2, 1, 1), 2, unet.emb_dim), eps_net(Diffusion(), unet)
     unet.last[0].register_forward_hook(lambda layer, inputs, out: dtypes.append(out.dtype))

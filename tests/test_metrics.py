@@ -97,11 +97,9 @@ def test_the_classifier_is_trained_once_for_a_data_set(channels, tmp_path, monke
         nn.Flatten(), nn.Linear(64 * channels, 128), nn.BatchNorm1d(128), nn.ReLU()))
     views, x = [], images / 255
     monkeypatch.setattr(train, "random_view", lambda config, x: views.append(config) or x)
-    rates = []
-    def step(self, *args, real=torch.optim.AdamW.step):
-        rates.append(self.param_groups[0]["lr"])
-        return real(self, *args)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (
+        rates.append(self.param_groups[0]["lr"]), step(self)))
     classifier = metrics.load_classifier(run)
     assert len(rates) == 40 and max(rates) == pytest.approx(3e-3, rel=0.05) and rates[-1] < 1e-4
     assert (classifier(x).argmax(1) == labels).float().mean() > 0.95 and not classifier.training
@@ -129,7 +127,6 @@ def make_run(folder, **settings):
 def known(monkeypatch):
     """measure(run, *flags) -> metrics.json of a run; what is drawn, and how."""
     drawn, figures = [], []
-
     def draw_images(run, path, steps, eta):
         both = torch.rand(2, len(path.z), 1, 28, 28)
         drawn.append(((steps, eta), path.nodes.amax(1), both))
@@ -140,7 +137,6 @@ def known(monkeypatch):
     monkeypatch.setattr(train, "conditioned", lambda *given: (lambda xt, t, y: 0 * xt, given))
     monkeypatch.setattr(sample, "draw_images", draw_images)
     monkeypatch.setattr(sample, "draw_leaf_classes", lambda *given: figures.append(given))
-
     def measure(run, *flags):
         monkeypatch.setattr(train, "load_run", lambda folder, device: run)
         metrics.main(2 * [str(run.folder)] + ["--device", "cpu", *flags])    # of the two, one

@@ -2,60 +2,71 @@
 
 import copy
 import csv
+import functools
+import itertools
 import json
 import math
 import types
 
 import pytest
 import torch
-from conftest import FLAGS, as_argv
 from torch import nn
 from torchvision.transforms import functional as TF
 
 import train
 
+exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+TWO, FIVE = [-1, 0, 0], [-1, 0, 0, 1, 1, 2, 2, 3, 3]      # FIVE has been split three times
+# 240 drawings as a data set
+DATA = train.Data(*train.draw_shapes(240, 5, False), *train.draw_shapes(80, 6, False), range(8))
+train.DATASETS["known"] = train.DataSet(lambda config: DATA)
+KNOWN = {image.numpy().tobytes(): k for k, image in enumerate(DATA.images)}
+# Few enough images and channels for seconds; every phase and every term of the loss has its turn
+FLAGS = dict(
+    dataset="known", device="cpu", seed=3, latent_channels=2, bottom_up_channels=32, max_depth=4,
+    max_leaves=5, initial_epochs=3, grow_epochs=3, intermediate_epochs=2, finetune_epochs=3,
+    tree_batch_size=32, grow_batch_size=16, kl_start=0.05, kl_start_later=0.15, kl_per_epoch=0.1,
+    contrastive=50.0, cut=100.0, unet_channels=8, unet_multipliers="1,2", dropout=0.1,
+    diffusion_epochs=2, diffusion_batch_size=32, diffusion_lr=2e-3, warmup_steps=5, ema_decay=0.5)
 
-def indices(x, images):
+
+def as_argv(settings):
+    """Settings as a command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def indices(x):
     """Which images x (B, C, H, W) in [0, 1] are, by their pixels."""
-    known = {image.numpy().tobytes(): k for k, image in enumerate(images)}
-    return [known[image.numpy().tobytes()] for image in (x * 255).round().byte()]
-
-
-def same(one, other):
-    """Two state_dicts, bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+    return [KNOWN[image.numpy().tobytes()] for image in (x * 255).round().byte()]
 
 
 class Spy:
     """Records a run: `phases` of stage 1 with their steps, `steps` of stage 2."""
 
-    def __init__(self, patch, images):
-        self.images, self.phases, self.steps = images, [], []
+    def __init__(self, patch):
+        self.phases, self.steps = [], []
         patch.setattr(train, "CHUNK", 4)
         for owner, name, seen in (
                 (torch.optim.Adam, "step", self.on_step), (train.TreeVAE, "loss", self.on_loss),
                 (train.F, "binary_cross_entropy_with_logits", self.on_cut),
                 (train, "train_phase", self.on_phase), (train.TreeVAE, "infer_path", self.on_path),
                 (train, "conditioned", self.on_conditioned),
-                (train.Diffusion, "loss", self.on_eq_30),
-                (nn.utils, "clip_grad_norm_", self.on_clip)):
+                (train.Diffusion, "loss", self.on_eq_30)):
             patch.setattr(owner, name, lambda *args, seen=seen, real=getattr(owner, name), **kwargs:
                           seen(real, *args, **kwargs))
 
     def on_phase(self, real, config, state, tree, *args):
         before = copy.deepcopy(tree).eval()
-        phase = state | dict(steps=[], leaves=tree.leaves,
-                             names={id(p): name for name, p in tree.named_parameters()},
-                             probs=before.leaf_probs(self.images.float() / 255).detach())
-        self.phases.append(phase)
+        probs = before.leaf_probs(DATA.images.float() / 255).detach()
+        self.phases.append(state | dict(steps=[], leaves=tree.leaves, probs=probs))
         real(config, state, tree, *args)
         after = tree.state_dict()
-        phase["changed"] = {k for k, v in before.state_dict().items() if not v.equal(after[k])}
+        self.phases[-1]["changed"] = {
+            name: not torch.equal(v, after[name]) for name, v in before.state_dict().items()}
 
     def on_loss(self, real, tree, x, kl_weight, below, view=None, contrast=None, visits=None):
         self.now = dict(kl_weight=kl_weight, below=below, view=view, contrast=contrast,
-                        visits=visits, rows=indices(x, self.images),
-                        modes={name for name, m in tree.named_modules() if m.training})
+                        visits=visits, rows=indices(x))
         self.phases[-1]["steps"].append(self.now)
         return real(tree, x, kl_weight, below, view, contrast, visits)
 
@@ -65,7 +76,7 @@ class Spy:
         return self.now["cut"]
 
     def on_path(self, real, tree, x, leaf=None):
-        self.chunk = dict(path=real(tree, x, leaf), rows=indices(x, self.images),
+        self.chunk = dict(path=real(tree, x, leaf), rows=indices(x),
                           sampled=leaf is None and not tree.training)
         return self.chunk["path"]
 
@@ -87,22 +98,17 @@ class Spy:
     def on_step(self, real, adam):
         group = adam.param_groups[0]
         self.now |= dict(lr=group["lr"], decay=group["weight_decay"], fresh=not adam.state,
-                         trained={id(p) for p in group["params"]})
+                         norm=nn.utils.get_total_norm([p.grad for p in group["params"]]).item())
         real(adam)
-
-    def on_clip(self, real, parameters, norm):
-        self.now["clip"] = norm
-        return real(parameters, norm)
 
 
 @pytest.fixture(scope="module")
-def ran(data, tmp_path_factory):
+def ran(tmp_path_factory):
     """A whole run and what was seen of it."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.DATASETS, "known", train.DataSet(lambda config: data))
-        spy = Spy(patch, data.images)
-        train.main(as_argv(out=folder))
+        spy = Spy(patch)
+        train.main(as_argv(FLAGS | dict(out=folder)))
     spy.folder, spy.tree = folder, torch.load(folder / "tree.pt", weights_only=True)
     spy.log = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
     return spy
@@ -135,32 +141,22 @@ def test_every_weight_arrives_in_the_step(ran):
 
 def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
     for phase in ran.phases:
-        node, leaves, names = phase["node"], phase["leaves"], set(phase["names"].values())
-        trained = {phase["names"][i] for step in phase["steps"] for i in step["trained"]}
-        if node is None:              # all parameters train
-            decide = () if phase["phase"] != "finetune" else (       # the clusters stay
-                "encoder.", "bottom_up.", "heads.", *[f"nodes.{i}.router_q" for i in range(9)])
-            names = {name for name in names if not name.startswith(decide)}
-            parts = {".".join(name.split(".")[:3]) for name in names}
-            assert parts <= {".".join(name.split(".")[:3]) for name in phase["changed"]}
-            assert not any(name.startswith(decide) for name in phase["changed"])
-            modes = phase["steps"][0]["modes"]
-            assert trained == names and "nodes" in modes and bool(decide) != ("encoder" in modes)
-            continue
-        children = [i for i, parent in enumerate(phase["parents"]) if parent == node]
-        reach = phase["probs"][:, [leaves.index(child) for child in children]].sum(1)
-        has = reach > min(1 / (len(leaves) - 1), 0.5) - 1e-6
-        assert phase["rows"].tolist() == has.nonzero().squeeze(1).tolist()
-        routers = (f"{node}.router_p", f"{node}.router_q")
-        mine = tuple(f"nodes.{part}." for part in (*routers, *children))
-        assert phase["changed"] and all(name.startswith(mine) for name in phase["changed"])
-        assert trained == {name for name in names if name.startswith(mine)}
-        for step in phase["steps"]:
-            assert all(f"{module}.".startswith(mine) for module in step["modes"])
-            # the target of each image is its own
-            places = [phase["rows"].tolist().index(row) for row in step["rows"]]
-            assert torch.equal(step["target"], phase["target"][places])
-        assert 0 < phase["target"].mean() < 1
+        node, leaves, mine, kept = phase["node"], phase["leaves"], "", ()    # all parameters train
+        if phase["phase"] == "finetune":                   # but the clusters stay
+            kept = ("encoder.", "bottom_up.", "heads.", *[f"nodes.{i}.router_q." for i in range(9)])
+        if node is not None:
+            children = [i for i, parent in enumerate(phase["parents"]) if parent == node]
+            reach = phase["probs"][:, [leaves.index(child) for child in children]].sum(1)
+            has = reach > min(1 / (len(leaves) - 1), 0.5) - 1e-6
+            assert phase["rows"].tolist() == has.nonzero().squeeze(1).tolist()
+            routers = (f"{node}.router_p", f"{node}.router_q")
+            mine = tuple(f"nodes.{part}." for part in (*routers, *children))
+            for step in phase["steps"]:                    # the target of each image is its own
+                places = [phase["rows"].tolist().index(row) for row in step["rows"]]
+                assert torch.equal(step["target"], phase["target"][places])
+            assert 0 < phase["target"].mean() < 1
+        for name, changed in phase["changed"].items():     # batch statistics, too
+            assert changed == (name.startswith(mine) and not name.startswith(kept)), name
 
 
 def test_each_epoch_sees_each_image_once_and_is_logged(ran):
@@ -169,18 +165,17 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
         name, node = phase["phase"], "" if phase["node"] is None else str(phase["node"])
         mine = range(240) if phase["rows"] is None else phase["rows"].tolist()
         batch = min(16, len(mine))
-        n_batches, n_epochs, orders = len(mine) // batch, FLAGS[f"{name}_epochs"], set()
-        for epoch in range(1, n_epochs + 1):
-            steps = phase["steps"][(epoch - 1) * n_batches:epoch * n_batches]
-            order = sum([step["rows"] for step in steps], [])
-            assert len(order) == len(set(order)) == n_batches * batch and set(order) <= set(mine)
-            orders.add(tuple(order))
+        n_seen = len(mine) // batch * batch
+        seen = [row for step in phase["steps"] for row in step["rows"]]
+        orders = [tuple(seen[k:k + n_seen]) for k in range(0, len(seen), n_seen)]
+        assert len(set(orders)) == len(orders) == FLAGS[f"{name}_epochs"]
+        for epoch, order in enumerate(orders, 1):
+            assert len(order) == len(set(order)) == n_seen and set(order) <= set(mine)
             row = log.pop(0)
             assert (row["phase"], row["node"], row["epoch"]) == (name, node, str(epoch))
             assert name == "finetune" or float(row["cut" if node else "contrastive"]) > 0
             shares = dict(part.split(":") for part in row["leaf_shares"].split())
             assert node or set(shares) == {str(leaf) for leaf in phase["leaves"]}
-        assert len(orders) == n_epochs
     assert not log
 
 
@@ -191,15 +186,15 @@ def test_stage_2_learns_on_sampled_paths(ran):
     for k, (step, after) in enumerate(zip(ran.steps, afters)):
         cosine = 0.5 * (1 + math.cos(math.pi * k / 14))
         assert step["lr"] == pytest.approx(2e-3 * cosine * min(1, (k + 1) / 5))
-        assert step["decay"] == 0 and step["fresh"] == (k == 0) and step["clip"] == 1
-        assert step["of"] == "v"
+        assert step["decay"] == 0 and step["fresh"] == (k == 0) and step["of"] == "v"
         assert step["sampled"] and step["mine"] and step["training"]
-        assert len(step["trained"]) == len(after)
-        x = ran.images[step["rows"]].float() / 127.5 - 1
+        assert step["norm"] == pytest.approx(1)            # clipped to 1
+        x = DATA.images[step["rows"]].float() / 127.5 - 1
         assert torch.allclose(step["x0"], x, atol=1e-6) and len(step["y"]) == 32 == len(x)
         decay = min(0.5, (1 + k) / (10 + k))
         average = {name: decay * average[name] + (1 - decay) * after[name] for name in after}
-    assert same(ran.frozen.state_dict(), ran.tree["tree"])
+    assert all(not after[name].equal(w) for name, w in ran.steps[0]["weights"].items())
+    exactly(ran.frozen.state_dict(), ran.tree["tree"])
     saved = torch.load(ran.folder / "diffusion.pt", weights_only=True)
     assert all(torch.allclose(saved[name], average[name], atol=1e-6) for name in average)
     rows = [row for row in ran.log if row["phase"] == "diffusion" and row["step"]]
@@ -209,27 +204,23 @@ def test_stage_2_learns_on_sampled_paths(ran):
         assert float(row["loss"]) == pytest.approx(sum(losses) / len(losses), rel=2e-3)
 
 
-def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
-    spy, images = Spy(monkeypatch, known.images), []
+def test_another_stage_2_on_the_same_tree(ran, tmp_path, monkeypatch):
+    spy, images = Spy(monkeypatch), []
     monkeypatch.setattr(train, "eps_net", lambda diffusion, unet, image, real=train.eps_net:
                         images.append(image) or real(diffusion, unet, image))
     mine = dict(condition="none", seed=8, preset="paper", diffusion_epochs=1,
                 tree=str(ran.folder), out=str(tmp_path))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in mine.items()]
-    train.main([*flags, "--with-reconstruction"])
+    train.main([*as_argv(mine), "--with-reconstruction"])
     found, config = [json.loads((f / "config.json").read_text()) for f in (tmp_path, ran.folder)]
     assert found == config | mine | dict(with_reconstruction=True)
     with pytest.raises(ZeroDivisionError):                 # a save that fails: the file stays
         train.replace_file(tmp_path / "tree.pt", lambda file: 1 / file.write(b""))
     run = train.load_run(tmp_path, "cpu")
     assert run.config.latent_channels == 2
-    (tmp_path / "moved").mkdir()
-    (tmp_path / "moved" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
-    assert train.load_file(tmp_path / "moved", "config.json").out == str(tmp_path / "moved")
     assert run.tree.parents == ran.tree["parents"] and not spy.phases
     networks = torch.load(tmp_path / "diffusion.pt")
     for module, saved in ((run.tree, ran.tree["tree"]), (run.networks, networks)):
-        assert same(module.state_dict(), saved)
+        exactly(module.state_dict(), saved)
         assert not any(m.training for m in module.modules())
         assert not any(p.requires_grad for p in module.parameters())
     rates = [2e-3 * min(1, (k + 1) / 5) for k in range(7)]
@@ -239,17 +230,16 @@ def test_another_stage_2_on_the_same_tree(ran, known, tmp_path, monkeypatch):
         assert torch.allclose(image, 2 * run.tree.decode(step["path"]) - 1, atol=0.02)
 
 
-def test_an_interrupted_run_ends_as_the_whole_one(ran, known, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_the_whole_one(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHUNK", 4)
     monkeypatch.setattr(train, "SAVE_STEPS", 4)
-    argv = as_argv(out=tmp_path)
+    argv = as_argv(FLAGS | dict(out=tmp_path))
     for phase in ("initial", "grow", "intermediate", "finetune", "diffusion"):
-        count = [0]
-        def die(state, title, *args, real=train.report):
-            count[0] += state["phase"] == phase
-            if count[0] == 2:                              # the second epoch's, or chunk's
+        count = itertools.count()
+        def die(state, *args, real=train.report):
+            if state["phase"] == phase and next(count):    # the second epoch's, or chunk's
                 raise RuntimeError("killed")
-            real(state, title, *args)
+            real(state, *args)
         with monkeypatch.context() as patch:
             patch.setattr(train, "report", die)
             with pytest.raises(RuntimeError, match="killed"):
@@ -257,19 +247,20 @@ def test_an_interrupted_run_ends_as_the_whole_one(ran, known, tmp_path, monkeypa
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["phase"] == phase
         argv = ["--resume", "--out", str(tmp_path)]
     train.main(argv)
-    assert same(torch.load(tmp_path / "tree.pt")["tree"], ran.tree["tree"])
-    assert same(*[torch.load(folder / "diffusion.pt") for folder in (tmp_path, ran.folder)])
+    exactly(torch.load(tmp_path / "tree.pt")["tree"], ran.tree["tree"])
+    exactly(*[torch.load(folder / "diffusion.pt") for folder in (tmp_path, ran.folder)])
     log = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
     assert [row | dict(seconds=0) for row in log] == [row | dict(seconds=0) for row in ran.log]
 
 
-def test_mistakes_are_one_sentence_and_exit_code_2(ran, known, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkeypatch):
     def raising(error):
         raise error
     monkeypatch.setattr(train.datasets, "MNIST", lambda *a, **k: raising(OSError("no\nroute")))
     (tmp_path / "config.json").write_text((ran.folder / "config.json").read_text())
+    assert train.load_file(tmp_path, "config.json").out == str(tmp_path)     # a copy is a run here
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04")
-    new, resume = as_argv(out=tmp_path / "new"), ["--out", str(tmp_path), "--resume"]
+    new, resume = as_argv(FLAGS | dict(out=tmp_path / "new")), [f"--out={tmp_path}", "--resume"]
     for call, *words in (
             ([*new, "--leaves", "3"], "--leaves"), ([*new, "--decoder", "vit"], "vit"),
             ([*new, "--dataset", "nothing"], "fashion", "nothing"),
@@ -286,9 +277,6 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, known, tmp_path, capsys,
         assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
         assert all(word in error for word in words), error
     assert not (tmp_path / "new").exists()
-
-
-TWO, FIVE = [-1, 0, 0], [-1, 0, 0, 1, 1, 2, 2, 3, 3]      # FIVE has been split three times
 
 
 @pytest.mark.parametrize("parents, sizes, ended, settings, follows, node, n_leaves", [
@@ -312,7 +300,6 @@ def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkey
     config = train.Config(**dict(latent_channels=2, bottom_up_channels=8, cut=0.0) | settings)
     tree = train.build_tree(config, (1, 28, 28), parents)
     size_of, views = dict(zip(tree.leaves, sizes)), []
-
     def leaf_probs(tree, images):     # a pruned leaf's images go to the last one
         share = [size_of.get(leaf, 0) for leaf in tree.leaves]
         share[-1] += 1000 - sum(share)
@@ -344,8 +331,7 @@ def test_paper_is_appendix_d():
         tree_batch_size=[256, 256, 128], grow_batch_size=[256, 256, 128],
         initial_epochs=[150] * 3, grow_epochs=[150] * 3, intermediate_epochs=[80, 0, 0],
         finetune_epochs=[200, 0, 0], contrastive=[0, 100, 100],
-        cut=[0, 0, 0],
-        kl_start=[0.5, 0.01, 0.01], kl_start_later=[0.5, 0.01, 0.01],
+        cut=[0, 0, 0], kl_start=[0.5, 0.01, 0.01], kl_start_later=[0.5, 0.01, 0.01],
         kl_per_epoch=[0.001, 0.01, 0.01], unet_channels=[64, 128, 128], unet_blocks=[2, 2, 2],
         unet_attention=["16", "16,8", "16,8"], dropout=[0.3] * 3, diffusion_lr=[2e-4] * 3,
         unet_multipliers=["1,2,2,2", "1,2,2,2", "1,2,2,2,4"], diffusion_batch_size=[256, 256, 32],
@@ -353,69 +339,54 @@ def test_paper_is_appendix_d():
     for name, values in table.items():
         for config, value in zip(columns, values):
             assert value is None or getattr(config, name) == value, name
+    own = train.choose_settings(dict(dataset="a/folder", preset="paper"))
+    assert vars(own) == vars(columns[2]) | dict(dataset="a/folder", diffusion_epochs=500)
 
 
-def test_the_other_presets():
+def test_the_other_presets_and_what_is_typed(monkeypatch):
     """What README's numbers were measured with; a name not listed is that of the preset tiny."""
     tiny = dict(
-        latent_channels=8, bottom_up_channels=128, representation_dim=1, encoder="cnn",
+        dataset="shapes", preset="tiny", data_root="data", out="", seed=1, device="auto",
+        quick=False, latent_channels=8, bottom_up_channels=128, representation_dim=1, encoder="cnn",
         decoder="mlp", max_depth=6, max_leaves=10, initial_epochs=20, grow_epochs=5,
         intermediate_epochs=0, finetune_epochs=12, tree_batch_size=256, grow_batch_size=128,
-        kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08,
-        contrastive=100.0, cut=30.0, condition="path",
-        with_reconstruction=False, unet_channels=32, unet_multipliers="1,2,2", unet_blocks=1,
-        unet_attention="", dropout=0.0, diffusion_epochs=3, diffusion_batch_size=32,
-        diffusion_lr=1e-3, warmup_steps=200, ema_decay=0.9999, seed=1, data_root="data", out="",
-        tree="", device="auto", quick=False)
-    small = dict(unet_channels=64, dropout=0.1, diffusion_epochs=14, diffusion_batch_size=128,
-                 warmup_steps=500)
+        kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, contrastive=100.0, cut=30.0, tree="",
+        condition="path", with_reconstruction=False, unet_channels=32, unet_multipliers="1,2,2",
+        unet_blocks=1, unet_attention="", dropout=0.0, diffusion_epochs=3, diffusion_batch_size=32,
+        diffusion_lr=1e-3, warmup_steps=200, ema_decay=0.9999)
+    small = dict(preset="small", unet_channels=64, dropout=0.1, diffusion_epochs=14,
+                 diffusion_batch_size=128, warmup_steps=500)
     shapes = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64,
                   grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16,
                   unet_multipliers="1,2,4")
-    quick = dict(quick=True, max_leaves=5, initial_epochs=2, grow_epochs=2,
-                 intermediate_epochs=1, finetune_epochs=2, tree_batch_size=64, grow_batch_size=32,
-                 unet_channels=16, diffusion_epochs=1, warmup_steps=5)
+    quick = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
+                 finetune_epochs=2, tree_batch_size=64, grow_batch_size=32, unet_channels=16,
+                 diffusion_epochs=1, warmup_steps=5)
     rgb = dict(tree_batch_size=128, kl_per_epoch=0.08)
-    for dataset, preset, typed, changes in (
-            ("fashion", "tiny", {}, {}), ("fashion", "small", {}, small),
-            ("shapes", "tiny", {}, shapes), ("shapes-rgb", "tiny", {}, shapes | rgb),
-            ("shapes", "tiny", dict(quick=True), shapes | quick)):
-        config = train.choose_settings(dict(dataset=dataset, preset=preset) | typed)
-        assert train.asdict(config) == tiny | changes | dict(dataset=dataset, preset=preset)
-    assert train.COLOUR == dict(       # Appendix A's, and CelebA's
-        scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
-        saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0.0)
-    assert train.DATASETS["celeba"].views == dict(
-        scale=(0.75, 1.0), ratio=(0.8, 1.25), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.0,
-        grey=0.0)
-    assert train.GREY == dict(
-        scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.5, contrast=0.0,
-        saturation=0.0, hue=0.0, jitter=1.0, grey=0.0, gamma=0.5)
-    assert train.DATASETS["mnist"].views == dict(flip=0.0)
+    for gpu, typed, changes in (
+            (False, dict(dataset="fashion"), {}), (True, dict(dataset="fashion"), small),
+            (True, {}, shapes), (True, dict(dataset="shapes-rgb"), shapes | rgb),
+            (False, dict(quick=True), shapes | quick),
+            (False, dict(quick=True, max_leaves=3), shapes | quick | dict(max_leaves=3))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert vars(train.choose_settings(typed)) == tiny | changes | typed
+    names = "scale ratio flip brightness contrast saturation hue jitter grey gamma".split()
+    for views, values in (             # the first: Appendix A's
+            (train.COLOUR, [(0.2, 1), (3 / 4, 4 / 3), 0.5, 0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0]),
+            (train.COLOUR | train.DATASETS["celeba"].views,
+             [(0.75, 1), (0.8, 1.25), 0.5, 0.2, 0.2, 0.2, 0, 0.8, 0, 0]),
+            (train.GREY, [(0.35, 1), (3 / 4, 4 / 3), 0.5, 0.5, 0, 0, 0, 1, 0, 0.5])):
+        assert views == dict(zip(names, values))
+    assert train.DATASETS["mnist"].views == dict(flip=0)
+    for dataset, preset, more in itertools.product(        # of each, the KL weight ends at 1
+            [*train.DATASETS, "a/folder"], train.PRESETS, ({}, dict(quick=True))):
+        config = train.choose_settings(dict(dataset=dataset, preset=preset) | more)
+        last = "finetune" if config.finetune_epochs else "grow"
+        assert train.kl_weight(config, last, getattr(config, f"{last}_epochs") - 1) == 1
+        assert train.kl_weight(config, "initial", 0) == config.kl_start < 1
 
 
-@pytest.mark.parametrize("gpu, typed, expected", [
-    (True, {}, dict(preset="tiny", max_leaves=8, unet_channels=16, diffusion_epochs=8)),
-    (False, dict(dataset="fashion"), dict(preset="tiny", max_leaves=10, dropout=0.0)),
-    (True, dict(dataset="fashion"), dict(preset="small", unet_channels=64, dropout=0.1)),
-    (False, dict(quick=True, max_leaves=3), dict(max_leaves=3, diffusion_epochs=1)),
-    (False, dict(dataset="a/folder", preset="paper"), dict(diffusion_epochs=500))])
-def test_what_is_typed_goes_first(gpu, typed, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert vars(train.choose_settings(typed)).items() >= expected.items()
-
-
-@pytest.mark.parametrize("quick", [{}, {"quick": True}])
-@pytest.mark.parametrize("preset", train.PRESETS)
-@pytest.mark.parametrize("dataset", [*train.DATASETS, "a/folder"])
-def test_kl_weight_ends_at_1(dataset, preset, quick):
-    config = train.choose_settings(dict(dataset=dataset, preset=preset) | quick)
-    last = "finetune" if config.finetune_epochs else "grow"
-    assert train.kl_weight(config, last, getattr(config, f"{last}_epochs") - 1) == 1
-    assert train.kl_weight(config, "initial", 0) == config.kl_start < 1
-
-
-def test_step_decay_and_augmented_elbo(data, tmp_path, monkeypatch):
+def test_step_decay_and_augmented_elbo(tmp_path, monkeypatch):
     calls, rates, tree = [], [], nn.Linear(1, 1)
     tree.train_only = lambda node, decisions: calls.append(decisions)
     tree.loss = lambda *args: calls.append(args) or (tree.weight.sum(), {})
@@ -423,14 +394,14 @@ def test_step_decay_and_augmented_elbo(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda adam: rates.append(adam.param_groups[0]["lr"]))
     argv = ["--preset=paper", "--initial-epochs=101"]
-    images = data.images[:16].expand(-1, 3, -1, -1)
+    images = DATA.images[:16].expand(-1, 3, -1, -1)
     train.train_phase(*train.begin(argv), tree, images, tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
     decisions, (x, _, _, view, _), *_ = calls              # no contrastive loss; ELBO of a view
     assert decisions and view is None and 1 <= x.min() < x.max() <= 2
     config, state = train.begin(["--cut=0"])               # no cut: all parameters are fine-tuned
     state["phase"] = "finetune"
-    train.train_phase(config, state, tree, data.images[:16], tmp_path)
+    train.train_phase(config, state, tree, DATA.images[:16], tmp_path)
     assert calls[102] is True and calls[103][3] is not None and calls[103][4] == 100
 
 
@@ -446,10 +417,9 @@ def test_views(monkeypatch):
         assert abs(is_other.float().mean() - share) < 0.08, how
     for end, sign in ((0, -1), (1, 1)):                    # of each range, by torchvision
         monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, *ends: x.fill_(ends[end]))
+        factors = [(name, 0.3, 1 + sign * 0.3) for name in ("brightness", "contrast", "saturation")]
         for name, strength, value in (
-                ("brightness", 0.3, 1 + sign * 0.3), ("contrast", 0.3, 1 + sign * 0.3),
-                ("saturation", 0.3, 1 + sign * 0.3), ("hue", 1 / 3, sign / 3),
-                ("gamma", 0.5, math.exp(sign * 0.5))):
+                *factors, ("hue", 1 / 3, sign / 3), ("gamma", 0.5, math.exp(sign * 0.5))):
             theirs = getattr(TF, f"adjust_{name}")(x, value)
             mine = random_view(x, **{name: strength})
             assert torch.allclose(mine, theirs, atol=1e-4), name
@@ -469,36 +439,32 @@ def test_shapes():
     assert min(means[:4]) > 120 > max(means[4:]) and len(classes) == 8   # filled, outlined
 
 
-@pytest.mark.parametrize("name, path, width, height, shape", [
-    ("own", "{bird}/a/{k:02}.png", 40, 40, (27, 3, 32, 32)),
-    ("flat", "{k:02}.PNG", 60, 90, (27, 1, 64, 64)),
-    ("celeba", "celeba/img_align_celeba/{k:02}.png", 178, 218, (27, 1, 64, 64))])
-def test_folders_of_images(name, path, width, height, shape, tmp_path, monkeypatch):
-    asked, edge, side, left = [], (height - width) // 2, width, 0
+@pytest.mark.parametrize("name, path, size, top, left, side, shape", [
+    ("own", "{bird}/a/{k:02}.png", (40, 40), 0, 0, 40, (27, 3, 32, 32)),
+    ("flat", "{k:02}.PNG", (90, 60), 15, 0, 60, (27, 1, 64, 64)),
+    ("celeba", "celeba/img_align_celeba/{k:02}.png", (218, 178), 40, 15, 148, (27, 1, 64, 64))])
+def test_folders_of_images(name, path, size, top, left, side, shape, tmp_path, monkeypatch):
+    asked, birds = [], ["owl" if k % 2 else "emu" for k in range(30)]
     monkeypatch.setattr(train.datasets, "CelebA",
                         lambda root, what, download: asked.append((what, download)))
-    if name == "celeba":
-        edge, side, left = 40, 148, 15
-    birds = ["owl" if k % 2 else "emu" for k in range(30)]
     for k, bird in enumerate(birds):
         file = tmp_path / path.format(k=k, bird=bird)
         file.parent.mkdir(parents=True, exist_ok=True)
-        image = torch.full((3, height, width), 255, dtype=torch.uint8)
-        image[:, edge:edge + side, left:left + side] = 5 * k           # all that is to be seen
-        if name == "celeba":                               # up to its very edge
-            image[:, 40, 15:163] = image[:, 187, 15:163] = 5 * k + 100
-            image[:, 40:188, 15] = image[:, 40:188, 162] = 5 * k + 100
+        image = torch.full((3, *size), 255, dtype=torch.uint8)
+        seen = image[:, top:top + side, left:left + side]              # all that is to be seen
+        seen[:] = 5 * k + 100                                          # up to its very edge
+        seen[:, 1:-1, 1:-1] = 5 * k
         if name == "own":
-            image[0] = 9                                   # in colour
+            image[0] = 9                                               # in colour
         TF.to_pil_image(image).save(file)
     dataset = name if name in train.DATASETS else str(tmp_path)
     found = train.load_data(train.Config(dataset=dataset, data_root=str(tmp_path)))
     assert asked == ([("all", True)] if name == "celeba" else [])
-    images = torch.cat([found.images, found.test_images])
-    k = (images[:, -1, 9, 9] // 5).tolist()
-    assert (images[..., 9:-9, 9:-9] == images[:, :, 9:10, 9:10]).all()
-    for edge in (images[..., 0, 9], images[..., -1, 9], images[..., 9, 0], images[..., 9, -1]):
-        assert ((edge.int() - images[..., 9, 9] > 20) == (name == "celeba")).all()
+    images = torch.cat([found.images, found.test_images])[:, -1].int()
+    middle, k = images[:, 9:-9, 9:-9], (images[:, 9, 9] // 5).tolist()
+    assert (middle == middle[:, :1, :1]).all()
+    for edge in (images[:, 0, 9], images[:, -1, 9], images[:, 9, 0], images[:, 9, -1]):
+        assert 20 < (edge - images[:, 9, 9]).min() and (edge - images[:, 9, 9]).max() < 110
     assert found.images.shape == shape and sorted(k) == list(range(30)) != k  # in no order
     labels = torch.cat([found.labels, found.test_labels])
     if name == "own":

@@ -56,7 +56,6 @@ def test_networks_and_settings():
         decoded = make_decoder(kind, x.shape[1:], 2, 5, r)(encoded)
         assert encoded.shape == (2, 5, r, r) and decoded.shape == x.shape
         decoded.sum().backward()
-
     def layers(net):
         assert {getattr(m, "negative_slope", 0.1) for m in net.modules()} == {0.1}
         return [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
@@ -153,16 +152,13 @@ def test_gaussian_likelihood_is_the_density_with_sigma_one_and_its_images_are_cl
     assert out.min() < 0 and out.max() > 1 and torch.allclose(tree.decode(path), out.clamp(0, 1))
 
 
-def nt_xent_in_loops(a, b, tau, weight):
-    """The formula image by image, over 2 B views: image k counts by its weight, also in the sum."""
-    views = [v / v.norm() for v in (*a, *b)]
-    w = [*weight, *weight]
-    total = 0.0
-    for i, one in enumerate(views):
-        partner = views[(i + len(a)) % len(views)]
-        others = sum(w[k] * (one @ views[k] / tau).exp() for k in range(len(views)) if k != i)
-        total += w[i] * -((one @ partner / tau).exp() / others).log()
-    return total / len(views)
+def nt_xent(a, b, tau, weight):
+    """The formula over 2 B views: image k counts by its weight, also in the sum."""
+    views, w = F.normalize(torch.cat([a, b]), dim=1), weight.repeat(2)
+    similar = (views @ views.T / tau).exp()
+    partner = (views * views.roll(len(a), 0)).sum(1) / tau
+    others = (w * similar).sum(1) - w * similar.diag()
+    return (w * (others.log() - partner)).mean()
 
 
 @pytest.mark.parametrize("below, nodes", [(None, [0, 1, 2, 3, 4, 5, 6]), (1, [0, 1, 3, 4])])
@@ -178,10 +174,10 @@ def test_loss_is_exactly_its_weighted_parts(below, nodes):
         if v.logit_q is not None and below in (None, v.node):
             logit_view = tree.nodes[v.node].router_q(d_view[tree.depth(v.node)])
             a, b = [torch.stack([t.sigmoid(), 1 - t.sigmoid()], 1) for t in (v.logit_q, logit_view)]
-            contrast += nt_xent_in_loops(a, b, 1.0, v.log_reach_q.exp())
+            contrast += nt_xent(a, b, 1.0, v.log_reach_q.exp())
     if below is None:
         for head, h, h_view in zip(tree.heads, d, d_view):
-            contrast += nt_xent_in_loops(head(h), head(h_view), 0.5, torch.ones(6)) / 5
+            contrast += nt_xent(head(h), head(h_view), 0.5, torch.ones(6)) / 5
     parts = {name: part.mean() for name, part in tree.elbo(x, visits=visits).items()}
     shares = zip(tree.leaves, tree.leaf_probs(x).mean(0))
     expected = parts | {f"P_{leaf}": share for leaf, share in shares if leaf in nodes}
@@ -234,15 +230,12 @@ def test_growing_trains_the_new_parts_alone_as_the_whole_elbo_would(monkeypatch)
     tree.train().grow(3)
     tree.train_only(3)
     new = ("nodes.3.router_", "nodes.5.", "nodes.6.")
-    saved = {name: value.clone() for name, value in tree.state_dict().items()} | saved
+    for name, p in tree.named_parameters():
+        assert p.requires_grad == name.startswith(new) and (name in saved) != name.startswith(new)
+    tree.loss(x, below=3)[0].backward()
+    for name, value in saved.items():  # batch statistics, too
+        assert name.startswith("nodes.3.decoder") or torch.equal(tree.state_dict()[name], value)
     parts = [p for p in tree.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parts, 0.02)
-    for _ in range(20):
-        optimizer.zero_grad()
-        tree.loss(x, below=3)[0].backward()
-        optimizer.step()
-    for name, value in tree.state_dict().items():  # batch statistics, too
-        assert torch.equal(value, saved[name]) != name.startswith(new), name
     monkeypatch.setattr(torch, "randn_like", lambda mu: torch.ones_like(mu) / 2)
     tree.eval()  # the gradient of the whole ELBO
     path, whole = [torch.autograd.grad(tree.loss(x, below=below)[0], parts) for below in (3, None)]
@@ -306,7 +299,6 @@ def test_leaves_are_sampled_by_their_probabilities():
 
 
 def test_the_best_cut_of_a_graph():
-    torch.manual_seed(0)
     radius = torch.where(torch.arange(300) < 60, 1.0, 3.0)  # one ring in another; 60 > 15%
     rings = torch.polar(radius, 2 * math.pi * torch.rand(300))
     cut = treevae.normalized_cut(torch.view_as_real(rings))
@@ -315,7 +307,6 @@ def test_the_best_cut_of_a_graph():
     near = torch.cdist(points, points).argsort(1)[:, 1:5]
     graph = F.one_hot(near, 12).sum(1).float()
     graph = graph + graph.T
-
     def cost(left):
         left = left.float()
         volume = (left @ graph).sum()
