@@ -405,10 +405,7 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    # beyond the paper: clusters that follow cuts stay, or the ELBO would blur them
-    keep_clusters = phase == "finetune" and config.cut > 0 and config.contrastive > 0
-    contrastive = 0.0 if keep_clusters else config.contrastive
-    tree.train_only(node, decisions=not keep_clusters)
+    tree.train_only(node)
     trained = [p for p in tree.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -429,15 +426,20 @@ def train_phase(config, state, tree, images, folder):
             optimizer.param_groups[0]["lr"] = lr
             x = images[batches[step]].float() / 255  # (B, C, H, W) in [0, 1]
             if target is None:
-                view = random_view(config, x) if contrastive else None
+                view = random_view(config, x) if config.contrastive else None
                 if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
                     x = random_view(config, x)
-                loss, terms = tree.loss(x, weight, node, view, contrastive)  # eq. (21)
-            else:  # beyond the paper: the new router follows the cut
+                loss, terms = tree.loss(x, weight, node, view, config.contrastive)  # eq. (21)
+            else:  # beyond the paper
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
-                logit = next(v.logit_q for v in visits if v.node == node)
-                terms["cut"] = F.binary_cross_entropy_with_logits(logit, targets[step])
+                if node is None:  # P(l; c) stays near what it was, or the ELBO would blur it
+                    log_p = {v.node: v.log_reach_q for v in visits}
+                    log_p = torch.stack([log_p[leaf] for leaf in tree.leaves], 1)
+                    terms["cut"] = F.cross_entropy(log_p, targets[step])
+                else:  # the new router follows the cut
+                    logit = next(v.logit_q for v in visits if v.node == node)
+                    terms["cut"] = F.binary_cross_entropy_with_logits(logit, targets[step])
                 loss = loss + config.cut * terms["cut"]
             optimizer.zero_grad()
             loss.backward()
@@ -491,6 +493,8 @@ def next_phase(config, state, tree, images):
         tree.prune(leaf)
         pruned.append(str(leaf))
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
+    if guided and follows == "finetune":
+        state["target"] = leaf_probs(tree, images).cpu()
     return state.update(phase=follows, note=f"pruned: {' '.join(pruned) or 'nothing'}")
 
 

@@ -508,20 +508,14 @@ class TreeVAE(nn.Module):
         else:
             self.prune(parent)  # a parent left with no child goes too
 
-    def train_only(self, node=None, decisions=True):
-        """Train everything, or only what `grow(node)` added: its routers and its children.
-        decisions=False: all but what P(l; c) is computed from.
-        """
+    def train_only(self, node=None):
+        """Train everything, or only what `grow(node)` added: its routers and its children."""
         # Frozen parts are in eval mode, or their batch norm would drift to one leaf's images
         self.requires_grad_(node is None).train(node is None)
         if node is not None:
             new = [self.nodes[child] for child in self.children_of(node)]
             for part in [self.nodes[node].router_p, self.nodes[node].router_q, *new]:
                 part.requires_grad_(True).train()
-        if not decisions:
-            routers = [self.nodes[i].router_q for i in self.ids if self.nodes[i].router_q]
-            for part in [self.encoder, self.bottom_up, self.heads, *routers]:
-                part.requires_grad_(False).eval()
 
 
 def nt_xent(a, b, temperature, log_weight):
