@@ -234,11 +234,11 @@ def outputs(run, net, images):
 
 def leaf_entropies(run, images, leaves, steps):
     """Table 2; Figure 5, leaf_classes.png: the classes of each leaf's new images."""
-    scores, counts = {}, {}
+    classifier, scores, counts = load_classifier(run), {}, {}
     in_leaf = np.array(run.tree.leaves)[:, None] == leaves  # (n_leaves, n)
     for (what, who), x in images.items():
         if what == "new_images":
-            classes = outputs(run, load_classifier(run), x).argmax(1)  # (n,)
+            classes = outputs(run, classifier, x).argmax(1)  # (n,)
             counts[who] = in_leaf @ np.eye(len(run.data.classes))[classes]
             scores[f"leaf_entropy_{who}"] = entropy(counts[who][in_leaf.any(1)]).mean()
     sample.draw_leaf_classes(run, counts, run.folder / "leaf_classes.png", steps)

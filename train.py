@@ -1,8 +1,7 @@
 """Train TreeDiffusion: first the tree (stage 1), then the diffusion model on its paths (stage 2).
 
-    python train.py                              the embedded data set `shapes`, no download
-    python train.py --dataset fashion            Fashion-MNIST, downloaded into --data-root
-    python train.py --dataset fashion --resume   goes on where it stopped
+    python train.py                      the embedded data set `shapes`, no download
+    python train.py --dataset fashion    Fashion-MNIST, downloaded; with --resume it goes on
 
 Read the section Training first; the rest is for looking up.
 """
@@ -41,13 +40,13 @@ def fail(sentence):
 class Config:
     """All settings of a run, as in its config.json. Each is a flag; the defaults: preset tiny."""
     dataset: str = "shapes"  # a name in DATASETS, or a folder of images
-    preset: str = "auto"     # tiny (a laptop), small (a consumer GPU), paper (Appendix D)
+    preset: str = "tiny"     # or small, the default on a GPU, or paper (Appendix D)
     data_root: str = "data"  # for downloads
     out: str = ""            # the run's folder; empty: runs/<dataset>
     seed: int = 1
     device: str = "auto"     # cuda, mps or cpu; auto: the first there is
     quick: bool = False      # a few steps of each phase
-    # stage 1: the networks
+    # stage 1
     latent_channels: int = 8       # of each z_i
     bottom_up_channels: int = 128  # of each d_h and the tree's hidden layers
     representation_dim: int = 1    # r: z_i and d_h are r x r maps
@@ -55,18 +54,17 @@ class Config:
     decoder: str = "mlp"           # cnn, resnet, or mlp with r = 1
     max_depth: int = 6             # H
     max_leaves: int = 10           # clusters; 1: the root alone, a plain VAE
-    # stage 1: training
-    initial_epochs: int = 20      # the root and two leaves
-    grow_epochs: int = 5          # each split, on its leaf's images
-    intermediate_epochs: int = 0  # all parameters, after every third split
-    finetune_epochs: int = 12     # all parameters, after growing and pruning
-    tree_batch_size: int = 256    # at most; see `batch_size_for`
-    grow_batch_size: int = 128    # while only a split trains
-    kl_start: float = 0.02        # KL weight at first
-    kl_start_later: float = 0.1   # the same after the initial phase
-    kl_per_epoch: float = 0.08    # what each epoch adds, up to 1
-    contrastive: float = 100.0    # weight of NT-Xent
-    cut: float = 30.0             # weight of a new router's best cut
+    initial_epochs: int = 20       # the root and two leaves
+    grow_epochs: int = 5           # each split, on its leaf's images
+    intermediate_epochs: int = 0   # all parameters, after every third split
+    finetune_epochs: int = 12      # all parameters, after growing and pruning
+    tree_batch_size: int = 256     # at most; see `batch_size_for`
+    grow_batch_size: int = 128     # while only a split trains
+    kl_start: float = 0.02         # KL weight at first
+    kl_start_later: float = 0.1    # the same after the initial phase
+    kl_per_epoch: float = 0.08     # what each epoch adds, up to 1
+    contrastive: float = 100.0     # weight of NT-Xent
+    cut: float = 30.0              # weight of the decisions' targets, beyond the paper
     # stage 2
     tree: str = ""             # a run: stage 2 alone is trained, on its tree
     condition: str = "path"    # the ablation: leaf, leaf-index, leaf-latent, none
@@ -106,23 +104,20 @@ DRAWN = dict(  # over tiny: 8,000 drawings need few epochs
     max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, grow_batch_size=64,
     kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16, unet_multipliers="1,2,4")
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
-             finetune_epochs=2, tree_batch_size=64, grow_batch_size=32, unet_channels=16,
-             diffusion_epochs=1, warmup_steps=5)
+             finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two CPU cores",
                 small="10 minutes for fashion or mnist on a consumer GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
 SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
-MIN_SHARE = 0.01  # a leaf with a smaller share of the images is pruned
 
 
 def choose_settings(typed):
     """The Config of a new run: what is typed goes before --quick, the data set and the preset."""
-    dataset, preset = typed.get("dataset", "shapes"), typed.get("preset", "auto")
-    if preset == "auto":  # drawings need no large U-Net
-        on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
-        preset = "small" if on_gpu else "tiny"
+    dataset = typed.get("dataset", "shapes")
+    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")  # tiny will do for them
+    preset = typed.get("preset", "small" if on_gpu else "tiny")
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
     settings = PRESETS[preset] | (row.paper if preset == "paper" else row.settings)
     return Config(**(settings | quick | typed | dict(preset=preset)))
@@ -146,7 +141,7 @@ def kl_weight(config, phase, epoch):
 
 # == Data ==
 
-# images (N, C, H, W) uint8; labels (N,) long, for evaluation only; classes: their names
+# images (N, C, H, W) uint8; labels (N,) long, for evaluation only; classes: their names, or []
 Data = namedtuple("Data", "images labels test_images test_labels classes")
 SHAPES = [f"{how} {what}" for how in ("filled", "outlined")
           for what in ("disc", "ellipse", "triangle", "cross")]
@@ -163,8 +158,7 @@ def draw_shapes(n, seed, colour):
     x, y = x - vary(-1, 1), y - vary(-1, 1)
     u = (x * np.cos(angle) + y * np.sin(angle)) / size
     v = (y * np.cos(angle) - x * np.sin(angle)) / size
-    # signed distances to the outline, in pixels, negative inside
-    disc = np.hypot(u, v) - 8
+    disc = np.hypot(u, v) - 8  # signed distance to the outline, in pixels, negative inside
     ellipse = (np.hypot(u / 12, v / 5) - 1) * 6
     triangle = np.maximum(np.abs(u) * 0.87 - v * 0.5, v) - 5.5
     bar = np.maximum(np.abs(u) - 11, np.abs(v) - 3)
@@ -195,13 +189,9 @@ def load_arrays(config, kind):
     return Data(*parts, part.classes)
 
 
-def load_files(config):
-    """CelebA, or your own images, in a folder for each class or not; a tenth is for testing."""
-    folder, box = pathlib.Path(config.dataset), None
-    if config.dataset == "celeba":
-        datasets.CelebA(config.data_root, "all", download=True)
-        folder = pathlib.Path(config.data_root, "celeba/img_align_celeba")
-        box = 15, 40, 163, 188  # the authors' crop
+def load_folder(config):
+    """Your own images, in a folder for each class or not; a tenth is for testing."""
+    folder = pathlib.Path(config.dataset)
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     np.random.default_rng(0).shuffle(files)  # not class by class
@@ -209,7 +199,7 @@ def load_files(config):
     classes, labels = np.unique(names, return_inverse=True)
     images, side = [], None
     for file in files:
-        image = datasets.folder.default_loader(file).crop(box)  # RGB; None: all of it
+        image = datasets.folder.default_loader(file)  # RGB
         image = TF.center_crop(image, min(image.size))
         if side is None:  # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
@@ -221,7 +211,6 @@ def load_files(config):
                 classes.tolist() if len(classes) > 1 else [])
 
 
-# How much random views differ; the names are torchvision's
 GREY = dict(scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.5, contrast=0.0,
             saturation=0.0, hue=0.0, jitter=1.0, grey=0.0, gamma=0.5)
 COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
@@ -229,7 +218,7 @@ COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, 
 
 
 def random_view(config, x, **changes):
-    """A random view of images x (B, C, H, W) in [0, 1]: cropped, flipped, in other colours."""
+    """Images x (B, C, H, W) in [0, 1], cropped, flipped, in other colours, as in torchvision."""
     how = (COLOUR if x.shape[1] == 3 else GREY) | DATASETS.get(config.dataset, OWN).views | changes
     def uniform(low, high):  # torchvision's transforms draw one number for the whole batch
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
@@ -266,11 +255,8 @@ DATASETS = {
                           PAPER_32, dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
     "mnist": DataSet(lambda c: load_arrays(c, datasets.MNIST), views=dict(flip=0.0)),
     "fashion": DataSet(lambda c: load_arrays(c, datasets.FashionMNIST)),
-    "cifar10": DataSet(lambda c: load_arrays(c, datasets.CIFAR10), {}, PAPER_32),
-    "celeba": DataSet(load_files, {}, PAPER_64 | dict(diffusion_epochs=200), dict(
-        scale=(0.75, 1.0), ratio=(0.8, 1.25), brightness=0.2, contrast=0.2, saturation=0.2,
-        hue=0.0, grey=0.0))}
-OWN = DataSet(load_files, {}, PAPER_64)
+    "cifar10": DataSet(lambda c: load_arrays(c, datasets.CIFAR10), {}, PAPER_32)}
+OWN = DataSet(load_folder, dict(diffusion_batch_size=32), PAPER_64)  # small's: too large at 64 x 64
 
 
 def load_data(config):
@@ -357,12 +343,11 @@ def load_file(folder, name):
         fail(f"{path} is missing or damaged; an interrupted run goes on by --resume ({error})")
 
 
-# A finished run, in eval mode; data on the CPU; networks: None without stage 2
 Run = namedtuple("Run", "folder config device data tree networks diffusion")
 
 
 def load_run(folder, device="auto"):
-    """A run's folder -> Run."""
+    """A finished run, in eval mode; data on the CPU; networks: None without stage 2."""
     config, saved = load_file(folder, "config.json"), load_file(folder, "tree.pt")
     device, data, networks = pick_device(device), load_data(config), None
     tree = build_tree(config, data.images.shape[1:], saved["parents"])
@@ -406,8 +391,7 @@ def train_phase(config, state, tree, images, folder):
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     tree.train_only(node)
-    trained = [p for p in tree.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, weight_decay=1e-5, fused=True)
+    optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     for epoch in range(state["done"], n_epochs):
@@ -419,8 +403,7 @@ def train_phase(config, state, tree, images, folder):
         if target is not None:
             targets = target[order].to(images.device).split(batch_size)
         for step in range(n_batches):
-            progress = (epoch + step / n_batches) / n_epochs
-            lr = 0.5e-3 * (1 + math.cos(math.pi * progress))  # 1e-3 .. 0
+            lr = 0.5e-3 * (1 + math.cos(math.pi * (epoch + step / n_batches) / n_epochs))
             if config.preset == "paper":
                 lr = 1e-3 * 0.1 ** (epoch // 100)
             optimizer.param_groups[0]["lr"] = lr
@@ -430,16 +413,13 @@ def train_phase(config, state, tree, images, folder):
                 if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
                     x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, config.contrastive)  # eq. (21)
-            else:  # beyond the paper
+            else:  # beyond the paper: the decisions have targets, see `next_phase`
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
-                if node is None:  # P(l; c) stays near what it was, or the ELBO would blur it
-                    log_p = {v.node: v.log_reach_q for v in visits}
-                    log_p = torch.stack([log_p[leaf] for leaf in tree.leaves], 1)
-                    terms["cut"] = F.cross_entropy(log_p, targets[step])
-                else:  # the new router follows the cut
-                    logit = next(v.logit_q for v in visits if v.node == node)
-                    terms["cut"] = F.binary_cross_entropy_with_logits(logit, targets[step])
+                log_reach = {v.node: v.log_reach_q for v in visits}
+                ends = tree.leaves if node is None else tree.children_of(node)
+                log_p = torch.stack([log_reach[i] for i in ends], 1)  # softmax divides by their sum
+                terms["cut"] = F.cross_entropy(log_p, targets[step])
                 loss = loss + config.cut * terms["cut"]
             optimizer.zero_grad()
             loss.backward()
@@ -462,47 +442,44 @@ def next_phase(config, state, tree, images):
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
-    n_leaves = (probs.argmax(1).bincount() >= MIN_SHARE * len(images)).sum()  # if pruned now
     if ended == "initial" and guided and len(tree.leaves) == 2:
         # beyond the paper: the root's routers and children train again, along the best cut
         split = 0, torch.ones_like(probs[:, 0]).bool()
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
-    elif ended != "finetune" and n_leaves < config.max_leaves > len(tree.leaves) / 2:
+    elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
         split = tree.next_split(probs, batch_size_for(images, config.tree_batch_size), hard=guided)
     if split:
         node, has = split  # its new parts train, on its images
         if not tree.children_of(node):
             tree.grow(node)
         rows = has.nonzero().squeeze(1)
-        if guided:
+        if guided:  # the new router follows the best cut
             features = []
             for some in rows.split(1000):  # means over four mild views
                 x = images[some].float() / 255
                 views = [random_view(config, x, scale=(0.7, 1.0)) for _ in range(4)]
                 features.append(sum(cut_features(tree, view) for view in views) / 4)
-            state["target"] = cut_targets(torch.cat(features)).cpu()
+            left = cut_targets(torch.cat(features))
+            state["target"] = torch.stack([left, 1 - left], 1).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
-    pruned = []  # until no leaf has too few images, and there are not too many
-    while len(tree.leaves) > 1:
-        share = MIN_SHARE if len(tree.leaves) <= config.max_leaves else 1.0  # the smallest goes
-        leaf = tree.next_prune(leaf_probs(tree, images), share)
-        if leaf is None:
-            break
+    pruned, leaf = [], tree.next_prune(probs)
+    while leaf is not None:  # until no leaf has too few images
         tree.prune(leaf)
         pruned.append(str(leaf))
+        probs = leaf_probs(tree, images)
+        leaf = tree.next_prune(probs)
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
-    if guided and follows == "finetune":
-        state["target"] = leaf_probs(tree, images).cpu()
+    if guided and follows == "finetune":  # P(l; c) stays near what it is: the ELBO would blur it
+        state["target"] = probs.cpu()
     return state.update(phase=follows, note=f"pruned: {' '.join(pruned) or 'nothing'}")
 
 
 def train_diffusion(config, state, tree, images, folder):
     """Stage 2: the tree is frozen; U-Net and path encoder learn to denoise, given the path."""
     device, batch_size = images.device, min(config.diffusion_batch_size, len(images))
-    if images.shape[-1] == 64 and config.preset != "paper":
-        batch_size = max(1, batch_size // 4)  # what fits at 28 x 28 would not here
+    of = "eps" if config.preset == "paper" else "v"  # whose error is squared
     tree.requires_grad_(False).eval()
     torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
     diffusion = Diffusion().to(device)
@@ -528,7 +505,7 @@ def train_diffusion(config, state, tree, images, folder):
             optimizer.param_groups[0]["lr"] = lr
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
-                loss = diffusion.loss(net, x0, y, of="eps" if config.preset == "paper" else "v")
+                loss = diffusion.loss(net, x0, y, of=of)  # eq. (30)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
@@ -549,7 +526,7 @@ def begin(argv):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.error = fail  # not a list of all flags
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    choices = dict(preset=["auto", *PRESETS], condition=SIGNALS)
+    choices = dict(preset=PRESETS, condition=SIGNALS)
     for f in fields(Config):
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
         if f.type is bool:
@@ -562,6 +539,8 @@ def begin(argv):
                  target=None, tree=None, optimizer=None, log=[],
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:  # stage 2 alone, on the tree and with the settings of a run
+        if "quick" in typed or "preset" in typed:
+            fail("--tree takes the settings of that run: leave out --preset and --quick")
         config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
@@ -614,8 +593,7 @@ def run(main):
     except (OSError, ValueError) as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: halve --tree-batch-size, --grow-batch-size or --diffusion-batch-size "
-             "in a new --out")
+        fail("out of memory: halve --tree-batch-size or --diffusion-batch-size in a new --out")
 
 
 if __name__ == "__main__":

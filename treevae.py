@@ -538,8 +538,8 @@ def nt_xent(a, b, temperature, log_weight):
 
 
 # == Beyond the paper ==
-# With the ELBO alone a new router keeps whatever split it finds first. Here it first follows the
-# best cut of its images' features, which the contrastive loss made invariant to crops.
+# With the ELBO alone a new router keeps whatever split it finds first. Here it follows the best
+# cut of its images' features, which the contrastive loss made invariant to crops.
 
 @torch.no_grad()
 def cut_features(tree, x):
