@@ -239,9 +239,8 @@ def random_view(config, x, **changes):
         x = mean + factor(how["contrast"]) * (x - mean)
         luminance = TF.rgb_to_grayscale(x)  # (B, 1, H, W)
         x = luminance + factor(how["saturation"]) * (x - luminance)
-        # hue: Rodrigues' rotation of the colours about the grey axis (1, 1, 1)
         angle, axis = 2 * math.pi * (factor(how["hue"]) - 1), x.mean(1, keepdim=True)
-        cross = (x.roll(1, 1) - x.roll(-1, 1)) / math.sqrt(3)
+        cross = (x.roll(1, 1) - x.roll(-1, 1)) / math.sqrt(3)  # hue: Rodrigues' rotation about grey
         x = axis + angle.cos() * (x - axis) + angle.sin() * cross
         x = torch.where(uniform(0, 1) < how["grey"], TF.rgb_to_grayscale(x), x)
     return x.clamp(0, 1) ** uniform(-how["gamma"], how["gamma"]).exp()
@@ -264,8 +263,10 @@ def load_data(config):
     try:
         data = DATASETS.get(config.dataset, OWN).load(config)
     except Exception as error:  # no network, a damaged file, ...
-        fail(f"--dataset {config.dataset} is none of {', '.join(DATASETS)}, nor a folder of "
-             f"images, or cannot be downloaded into --data-root ({error})")
+        why = "is not in --data-root and cannot be downloaded"
+        if config.dataset not in DATASETS:
+            why = f"is no folder of images, nor one of {', '.join(DATASETS)}"
+        fail(f"--dataset {config.dataset} {why} ({error})")
     some = slice(2048 if config.quick else None)
     return data._replace(images=data.images[some], labels=data.labels[some])
 
@@ -443,8 +444,7 @@ def next_phase(config, state, tree, images):
                   target=None, note="")
     probs = leaf_probs(tree, images)
     if ended == "initial" and guided and len(tree.leaves) == 2:
-        # beyond the paper: the root's routers and children train again, along the best cut
-        split = 0, torch.ones_like(probs[:, 0]).bool()
+        split = 0, torch.ones_like(probs[:, 0]).bool()  # beyond the paper: the root again, by a cut
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
