@@ -1,4 +1,4 @@
-"""Speed, by hand: python tests/bench.py tree|diffusion. The first line is the machine's own."""
+"""Speed, by hand: python tests/bench.py tree|diffusion. The yardstick is a product of matrices."""
 
 import sys
 import time
@@ -14,6 +14,7 @@ from treevae import TreeVAE  # noqa: E402
 
 TEN_LEAVES = (-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 9, 9)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+yardstick = None  # seconds, the first line's
 
 
 def report(name, work):
@@ -25,7 +26,10 @@ def report(name, work):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    print(f"{name:46s}{1000 * sorted(times[2:])[2]:9.1f} ms", flush=True)
+    median = sorted(times[2:])[2]
+    ratio = median / (yardstick or median)
+    print(f"{name:46s}{1000 * median:9.1f} ms{ratio:9.2f} yardsticks", flush=True)
+    return median
 
 
 def training_step(net, loss):
@@ -80,5 +84,5 @@ def bench_diffusion():
 if __name__ == "__main__":
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     a, b = torch.randn(2, 2048, 2048, device=device)
-    report("2048 x 2048 x 2048 products", lambda: a @ b)
+    yardstick = report("2048 x 2048 x 2048 products", lambda: a @ b)
     dict(tree=bench_tree, diffusion=bench_diffusion)[sys.argv[1]]()
