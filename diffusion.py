@@ -268,13 +268,14 @@ class UNet(nn.Module):
             ResBlock(c, c, dim, dropout, attend) for attend in (True, False))
         # Up: each block takes a skip connection, the latest first
         self.up = nn.ModuleList()
-        for m, side in zip(multipliers[::-1], sides[::-1]):
+        for k in reversed(range(len(sides))):
             for _ in range(blocks + 1):  # one more, for the convolution's skip
-                c_in, c = c + skips.pop(), m * channels
-                self.up.append(ResBlock(c_in, c, dim, dropout, side in attention))
-            if side < sides[0]:
-                conv = nn.Conv2d(c, c, 3, padding=1)
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv))  # twice the side
+                c_in, c = c + skips.pop(), multipliers[k] * channels
+                self.up.append(ResBlock(c_in, c, dim, dropout, sides[k] in attention))
+            if k > 0:  # twice the side; the channels of the next scale
+                c_in, c = c, multipliers[k - 1] * channels
+                conv = nn.Conv2d(c_in, c, 3, padding=1)
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv))
         conv = zero(nn.Conv2d(c, c_image, 3, padding=1))  # v is 0 before training
         self.last = nn.Sequential(GroupNorm(c), nn.SiLU(), conv)
 

@@ -39,7 +39,7 @@ def dendrogram_purity(parents, leaf_of_image, labels):
     for i in reversed(range(1, len(parents))):  # children first; pruned nodes have no images
         under[parents[i]] += under[i]
     pairs = under * (under - 1) / 2  # pairs under a node
-    for i in range(1, len(parents)):
+    for i in range(1, len(parents)):  # parents first: pairs[i] is still all pairs under i
         pairs[parents[i]] -= pairs[i]  # these meet further down
     share = under / np.maximum(1, under.sum(1, keepdims=True))
     return (pairs * share).sum() / pairs.sum() if pairs.any() else np.nan
@@ -56,12 +56,12 @@ def cluster_accuracy(leaf_of_image, labels):
     if len(counts) < len(counts.T):
         counts = counts.T  # a column doubles the work
     sets = np.arange(2 ** len(counts.T))  # of columns: bit c is 1 if c is in the set
-    best = np.zeros(len(sets))  # the most images that the rows so far match with each set
+    best = np.zeros(len(sets))  # most images the rows so far can match, with columns of this set
     for row in counts:
         before = best.copy()
         for c, n in enumerate(row):
             has_c = (sets >> c) % 2 == 1  # ~has_c: the same sets without c, in the same order
-            # This row takes c, the rows before it the rest of the set
+            # This row takes c, the rows before it the rest of the set; or it stays unmatched
             best[has_c] = np.maximum(best[has_c], before[~has_c] + n)
     return best.max() / len(labels)
 
@@ -101,7 +101,7 @@ def load_inception(file):
     def rescale(net, inputs):  # size and range as in pytorch-fid
         x = inputs[0].expand(-1, 3, -1, -1)
         return 2 * nn.functional.interpolate(x, (299, 299), mode="bilinear") - 1
-    def pool_again(block, inputs, out):  # replaces a block's last branch
+    def pool_again(block, inputs, out):  # out's last channels are this branch: by our pool
         branch = block.branch_pool(block.pool(inputs[0]))
         out[:, -branch.shape[1]:] = branch
     net = Inception3(1008, aux_logits=False, init_weights=False)
@@ -132,7 +132,7 @@ def load_classifier(run):
     encoder = make_encoder("resnet", run.tree.image_shape, 64, 128, 1)
     net = nn.Sequential(encoder, nn.Flatten(), nn.Linear(128, len(data.classes))).to(run.device)
     name = run.config.dataset.replace("/", "_")
-    file = run.folder.parent / f"classifier-{name}-{len(data.images)}.pt"  # of all runs on these
+    file = run.folder.parent / f"classifier-{name}-{len(data.images)}.pt"  # shared
     if file.exists():
         net.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
         return net.eval()
@@ -212,7 +212,7 @@ def denoising_loss(run, n, seed):
 
 
 def draw(run, n, steps, seed):
-    """n reconstructions and n new images: {(what, who): uint8}; the latter's leaves (n,)."""
+    """n reconstructions, n new images: {(what, who): (n, C, H, W) uint8}, new ones' leaves (n,)."""
     tree, images, leaves = run.tree, {}, []
     torch.manual_seed(seed)
     for x in batches(run, run.data.test_images[:n]):
@@ -251,8 +251,8 @@ def measure(folder, flags):
     config, data, device = run.config, run.data, run.device.type
     n = min(len(data.test_images), flags.images or (200 if config.quick else 10000))
     steps = flags.steps or (15 if device == "cpu" else 100)
-    y = config.condition + (" + reconstruction" if config.with_reconstruction else "")
-    method = METHODS.get(y, f"Diffusion ({y})") if run.networks else "TreeVAE"
+    signal = config.condition + (" + reconstruction" if config.with_reconstruction else "")
+    method = METHODS.get(signal, f"Diffusion ({signal})") if run.networks else "TreeVAE"
     result = dict(run=folder, method=method, settings=vars(config), images=n, steps=steps)
     result |= clustering_scores(run) | elbo_terms(run, flags.ll_samples, flags.seed)
     if run.networks:
@@ -305,7 +305,7 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
     if flags.images == 1 or min(flags.images, flags.steps, flags.ll_samples, flags.seed) < 0:
-        train.fail("--images must be at least 2, --steps, --ll-samples and --seed 0")
+        train.fail("--images must be at least 2; --steps, --ll-samples and --seed at least 0")
     print(table([measure(folder, flags) for folder in dict.fromkeys(flags.runs)]))
 
 

@@ -69,22 +69,22 @@ class Config:
     tree: str = ""             # a run: stage 2 alone is trained, on its tree
     condition: str = "path"    # the ablation: leaf, leaf-index, leaf-latent, none
     with_reconstruction: bool = False  # the U-Net also sees the leaf's reconstruction
-    unet_channels: int = 32    # at full size
-    unet_multipliers: str = "1,2,2"  # of these channels, at each scale
+    unet_channels: int = 16    # at full size
+    unet_multipliers: str = "1,2,4"  # of these channels, at each scale
     unet_blocks: int = 1       # residual blocks a scale
     unet_attention: str = ""   # sides of the maps with self-attention
     dropout: float = 0.0
-    diffusion_epochs: int = 3  # 0: no stage 2
+    diffusion_epochs: int = 6  # 0: no stage 2
     diffusion_batch_size: int = 32
-    diffusion_lr: float = 1e-3
+    diffusion_lr: float = 4e-3
     warmup_steps: int = 200    # in which that rises from 0
     ema_decay: float = 0.9999  # of the weights' moving average
 
 
 PRESETS = {
     "tiny": {},
-    "small": dict(unet_channels=64, dropout=0.1, diffusion_epochs=14, diffusion_batch_size=128,
-                  warmup_steps=500),
+    "small": dict(unet_channels=64, unet_multipliers="1,2,2", dropout=0.1, diffusion_epochs=14,
+                  diffusion_batch_size=128, diffusion_lr=1e-3, warmup_steps=500),
     # Appendix D; where it is silent, the authors' configuration files
     "paper": dict(
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
@@ -100,9 +100,9 @@ PAPER_32 = dict(  # over it, at 32 x 32 x 3
 PAPER_64 = PAPER_32 | dict(  # and at 64 x 64 x 3
     tree_batch_size=128, grow_batch_size=128, unet_multipliers="1,2,2,2,4",
     diffusion_batch_size=32, diffusion_epochs=500)
-DRAWN = dict(  # over tiny: 8,000 drawings need few epochs
+DRAWN = dict(  # over tiny: 8,000 drawings, so smaller batches
     max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64, grow_batch_size=64,
-    kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16, unet_multipliers="1,2,4")
+    kl_per_epoch=0.13, diffusion_epochs=8)
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two CPU cores",
@@ -114,7 +114,7 @@ SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
 
 
 def choose_settings(typed):
-    """The Config of a new run: what is typed goes before --quick, the data set and the preset."""
+    """The Config of a new run: preset, then data set, --quick, typed flags; the later one wins."""
     dataset = typed.get("dataset", "shapes")
     on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")  # tiny will do for them
     preset = typed.get("preset", "small" if on_gpu else "tiny")
@@ -124,12 +124,12 @@ def choose_settings(typed):
 
 
 def batch_size_for(images, batch_size):
-    """At least 20 batches an epoch, so that small data sets get their steps and splits."""
+    """At most 1/20 of the images, at least 16: small data sets need enough steps and splits."""
     return min(batch_size, max(16, 2 ** int(math.log2(len(images) / 20))))
 
 
 def kl_weight(config, phase, epoch):
-    """The weight of the three KL terms of eq. (21): rising linearly to 1, epoch by epoch."""
+    """The weight of the KL terms of eq. (21): linear in the epoch; the last phase ends at 1."""
     # Small at first: while the decoders cannot draw yet, an informative z costs KL and gains
     # nothing, so q would collapse to the prior (kl_root to 0)
     start = config.kl_start if phase == "initial" else config.kl_start_later
@@ -151,7 +151,7 @@ def draw_shapes(n, seed, colour):
     """n drawings and their classes, (n,): (n, 1, 28, 28) or, in colour, (n, 3, 32, 32) uint8."""
     rng, side = np.random.default_rng(seed), 32 if colour else 28
     label = rng.integers(0, 8, (n, 1, 1, 1))  # 0..3 filled, 4..7 outlined
-    def vary(low, high, channels=1):  # less in a class than between classes
+    def vary(low, high, channels=1):  # a number an image; classes differ by more than it
         return rng.uniform(low, high, (n, channels, 1, 1))
     y, x = np.mgrid[:side, :side] - (side - 1) / 2  # (side, side), 0 in the middle
     angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)  # (n, 1, 1, 1)
@@ -227,7 +227,7 @@ def random_view(config, x, **changes):
     height = (area / ratio).sqrt().clamp(max=1)  # (B, 1, 1, 1), as all these numbers
     flip = torch.where(uniform(0, 1) < how["flip"], -1.0, 1.0)  # -1: mirrored
     right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    theta = torch.cat([width * flip, 0 * width, right, 0 * height, height, down], 1)  # (B, 6)
+    theta = torch.cat([width * flip, 0 * width, right, 0 * height, height, down], 1)
     grid = F.affine_grid(theta.view(-1, 2, 3), x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     jittered = uniform(0, 1) < how["jitter"]  # or the colours stay as they are
@@ -246,7 +246,7 @@ def random_view(config, x, **changes):
     return x.clamp(0, 1) ** uniform(-how["gamma"], how["gamma"]).exp()
 
 
-# load: Config -> Data; what goes over tiny and small, over paper, over GREY or COLOUR
+# load: Config -> Data; settings go over tiny or small, paper over paper, views over GREY or COLOUR
 DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {}])
 DATASETS = {
     "shapes": DataSet(load_shapes, DRAWN),
@@ -306,7 +306,7 @@ def build_denoiser(config, tree):
 
 
 def conditioned(config, diffusion, networks, tree, path):
-    """What eq. (6) conditions on: the net eps_psi, and y (B, emb_dim), or None, of a path."""
+    """Stage 2 given a path, eq. (6): the net eps_psi(x_t, t, y), and y (B, emb_dim) or None."""
     image = 2 * tree.decode(path) - 1 if config.with_reconstruction else None
     return eps_net(diffusion, networks["unet"], image), networks["path_encoder"](*path)
 
@@ -369,11 +369,11 @@ def live(text, last=False):
 
 
 # == Training ==
-# `state` is what a checkpoint keeps: the phase, its number n_phases, its epochs or steps `done`; of
-# a split its node, rows (of images) and targets. Seeds follow from these, so --resume is exact.
+# `state` is the checkpoint, made in `begin`. n_phases: phases that ended; done: epochs or steps of
+# this one; node, rows: a split, its images; target: see `next_phase`. Seeds follow from these.
 
 def report(state, title, row, n_images, began, n_left):
-    """Add a row to the log; redraw the live line. n_left: rows to come."""
+    """Add a row to the log; redraw the live line. n_left: rows to come in this phase."""
     seconds = time.monotonic() - began
     state["seconds"] += seconds
     state["log"].append(dict(seconds=round(state["seconds"]), phase=state["phase"], **row))
@@ -414,12 +414,12 @@ def train_phase(config, state, tree, images, folder):
                 if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
                     x = random_view(config, x)
                 loss, terms = tree.loss(x, weight, node, view, config.contrastive)  # eq. (21)
-            else:  # beyond the paper: the decisions have targets, see `next_phase`
+            else:  # beyond the paper: the targets of `next_phase`, in place of the contrast
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
                 log_reach = {v.node: v.log_reach_q for v in visits}
                 ends = tree.leaves if node is None else tree.children_of(node)
-                log_p = torch.stack([log_reach[i] for i in ends], 1)  # softmax divides by their sum
+                log_p = torch.stack([log_reach[i] for i in ends], 1)  # (B, n), up to log P(node)
                 terms["cut"] = F.cross_entropy(log_p, targets[step])
                 loss = loss + config.cut * terms["cut"]
             optimizer.zero_grad()
@@ -439,12 +439,12 @@ def next_phase(config, state, tree, images):
     """The algorithm of stage 1: what follows the phase that ended. Grows or prunes the tree."""
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
-    guided = config.cut > 0 and config.contrastive > 0  # the contrast makes the features to cut
+    guided = config.cut > 0 and config.contrastive > 0  # a cut needs the features of the contrast
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
     if ended == "initial" and guided and len(tree.leaves) == 2:
-        split = 0, torch.ones_like(probs[:, 0]).bool()  # beyond the paper: the root again, by a cut
+        split = 0, torch.ones_like(probs[:, 0]).bool()  # beyond the paper: redo the root's split
     elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
@@ -464,7 +464,7 @@ def next_phase(config, state, tree, images):
             state["target"] = torch.stack([left, 1 - left], 1).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
-    pruned, leaf = [], tree.next_prune(probs)
+    pruned, leaf = [], tree.next_prune(probs)  # after growing, and again after fine-tuning
     while leaf is not None:  # until no leaf has too few images
         tree.prune(leaf)
         pruned.append(str(leaf))
@@ -496,9 +496,9 @@ def train_diffusion(config, state, tree, images, folder):
         began, total, last = time.monotonic(), 0.0, min(first + CHUNK, n_steps)
         rows = torch.randint(len(images), ((last - first) * batch_size,), device=device)
         x = images[rows].float() / 255  # of `CHUNK` steps
-        # eq. (6): l ~ P(l; c). The tree is frozen: all paths at once, in a quarter of the time
+        # l ~ P(l; c), eq. (6): the frozen tree's paths for all these steps at once, 4 times as fast
         parts = [part.split(batch_size) for part in (2 * x - 1, *tree.infer_path(x))]
-        for step, (x0, z, nodes) in enumerate(zip(*parts), first):  # x0 in [-1, 1]
+        for step, (x0, z, nodes) in enumerate(zip(*parts), first):  # of one batch; x0 in [-1, 1]
             lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))
             if config.preset != "paper":
                 lr = lr * 0.5 * (1 + math.cos(math.pi * step / n_steps))

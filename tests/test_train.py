@@ -365,14 +365,13 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
         decoder="mlp", max_depth=6, max_leaves=10, initial_epochs=20, grow_epochs=5,
         intermediate_epochs=0, finetune_epochs=12, tree_batch_size=256, grow_batch_size=128,
         kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, contrastive=100.0, cut=30.0, tree="",
-        condition="path", with_reconstruction=False, unet_channels=32, unet_multipliers="1,2,2",
-        unet_blocks=1, unet_attention="", dropout=0.0, diffusion_epochs=3, diffusion_batch_size=32,
-        diffusion_lr=1e-3, warmup_steps=200, ema_decay=0.9999)
-    small = dict(preset="small", unet_channels=64, dropout=0.1, diffusion_epochs=14,
-                 diffusion_batch_size=128, warmup_steps=500)
+        condition="path", with_reconstruction=False, unet_channels=16, unet_multipliers="1,2,4",
+        unet_blocks=1, unet_attention="", dropout=0.0, diffusion_epochs=6, diffusion_batch_size=32,
+        diffusion_lr=4e-3, warmup_steps=200, ema_decay=0.9999)
+    small = dict(preset="small", unet_channels=64, unet_multipliers="1,2,2", dropout=0.1,
+                 diffusion_epochs=14, diffusion_batch_size=128, diffusion_lr=1e-3, warmup_steps=500)
     shapes = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64,
-                  grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8, unet_channels=16,
-                  unet_multipliers="1,2,4")
+                  grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)
     quick = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
                  finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
     rgb = dict(tree_batch_size=128, kl_per_epoch=0.08)
