@@ -1,12 +1,12 @@
 """The diffusion model: noise schedule, DDPM objective, DDPM and DDIM sampling, U-Net.
 
 Stage 2 of TreeDiffusion: section 3.2 and Appendix B of the paper. Forward, an image x_0 becomes
-Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t;
-sampling starts from pure noise and removes a little of it at each step. The vector y of
-`path_encoder` conditions the image on a path of the tree, eq. (6).
+Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t (its
+U-Net gives v, from which eps follows: `eps_net`); sampling starts from pure noise and removes a
+little at each step. y, from `path_encoder`, conditions the image on a path of the tree, eq. (6).
 
-Images are (B, C, H, W) in [-1, 1], y is (B, emb_dim) or None, t is (B,) long in 0..T-1: the paper
-counts 1..T, so its abar_t is our abar[t - 1]; its abar_0 is 1.
+Images are (B, C, H, W) in [-1, 1], y is (B, emb_dim) or None, t is (B,) long in 0..T-1. The paper
+counts t from 1: abar[t] is its abar_{t+1}, and its abar_0 = 1. Comments write abar_t for abar[t].
 """
 
 import math
@@ -34,7 +34,7 @@ class Diffusion(nn.Module):
 
     # -- identities: any two of x_0, x_t, eps and v give the others --
     def add_noise(self, x0, t, eps):
-        """x_t ~ q(x_t | x_0), eqs. (5), (24): as by t steps of eqs. (3), (4), (22), (23)."""
+        """x_t ~ q(x_t | x_0), eqs. (5), (24): all steps (3), (4), (22), (23) up to t at once."""
         return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps  # eps ~ N(0, I)
 
     def predict_x0(self, xt, eps, t):
@@ -63,12 +63,12 @@ class Diffusion(nn.Module):
         """L_simple, eq. (30), as a mean over pixels. t, eps: drawn if None. of="v": see below."""
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
-        # By (5), (28), eq. (29) is this square times beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)).
-        # Without the factor the best net is the same and samples are better (Ho et al. 2020).
+        # By (5), (28): mu~ - mu_psi = beta_t / sqrt(alpha_t (1 - abar_t)) (eps_psi - eps). (29)
+        # squares this over 2 sigma_t^2; without the factor samples are better (Ho et al. 2020).
         error = (net(self.add_noise(x0, t, eps), t, y) - eps) ** 2
         if of == "v":
-            # Not in the paper: |v - v_psi|^2, in which large t count for more. There the image is
-            # all noise, and y alone says what is to be drawn
+            # Not in the paper: |v - v_psi|^2, since eps's error is sqrt(abar_t) times v's. Large t
+            # count for more: there the image is all noise, and y alone says what to draw
             error = error / self.abar[t]
         return error.mean()
 
@@ -104,16 +104,16 @@ class Diffusion(nn.Module):
         share = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # i / S
         tau = self.timesteps * share
         if spacing == "quadratic":
-            # Denser where the image is nearly clean; from 0.8 T, where sqrt(abar) is only 0.04
+            # Denser where the image is nearly clean; starts at 0.8 T, where sqrt(abar) is only 0.04
             tau = 0.8 * self.timesteps * share**2
-        tau = (tau - 1e-6).ceil().long()  # 1e-6: float error
-        return (tau.unique() - 1).tolist()  # small ones may coincide
+        tau = (tau - 1e-6).ceil().long()  # whole numbers; 1e-6: float error
+        return (tau.unique() - 1).tolist()  # our t, from 0; small ones may coincide
 
     @torch.no_grad()
     def ddim_sample(self, net, shape, y=None, steps=100, eta=0.0, spacing="quadratic",
                     x_T=None, clip=True, seen=None):
-        """DDIM (Song et al. 2020): `steps` jumps from noise x_T to images.
-        eta in 0..1, else ValueError: 0 adds no noise; 1, linear with T steps, is DDPM.
+        """DDIM (Song et al. 2020): at most `steps` jumps from noise x_T to images.
+        eta in 0..1, else ValueError: 0 adds no noise; 1, linear with T steps, is `ddpm_sample`.
         seen: a list, each jump appends (t, x_t, x0^).
         """
         if not 0 <= eta <= 1:  # above 1, s^2 may exceed 1 - abar_prev
@@ -132,21 +132,21 @@ class Diffusion(nn.Module):
             if i == 0:
                 return x0  # abar_prev = 1
             prev = times[i - 1]
-            abar, abar_prev = self.abar[t], self.abar[prev]  # Song et al.: alpha
-            var, var_prev = self.one_minus_abar[t], self.one_minus_abar[prev]
+            abar, abar_prev = self.abar[t], self.abar[prev]  # their alpha is our abar
+            var, var_prev = self.one_minus_abar[t], self.one_minus_abar[prev]  # 1 - abar
             s = eta * (var_prev / var).sqrt() * (1 - abar / abar_prev).sqrt()  # their eq. (16)
             x = abar_prev.sqrt() * x0 + (var_prev - s**2).sqrt() * eps  # their eq. (12)
             if eta > 0:
-                x = x + s * torch.randn_like(x)  # its last term
+                x = x + s * torch.randn_like(x)  # the noise term of (12)
 
 
 def eps_net(diffusion, unet, image=None):
-    """eps_psi(x_t, t, y) from a U-Net that predicts v, given x_t and, if not None, image."""
+    """eps_psi from a U-Net that predicts v. image: the leaf's reconstruction, or None."""
     # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^. An
     # error in eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step: speckle on black
     # backgrounds. Eq. (30) is then abar_t |v - v_psi|^2.
     def net(xt, t, y):
-        x = xt if image is None else torch.cat([xt, image], 1)  # leaf's reconstruction: DiffuseVAE
+        x = xt if image is None else torch.cat([xt, image], 1)  # as in DiffuseVAE
         return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, even if v is bfloat16
     return net
 
@@ -185,7 +185,7 @@ def zero(layer):
 class GroupNorm(nn.GroupNorm):
     """Group norm, computed in its input's dtype."""
     def __init__(self, c):
-        # At least 8 channels a group: with one (instance norm) the net forgets brightness
+        # At most 32 groups of 8 or more channels: with 1 (instance norm) the net forgets brightness
         super().__init__(math.gcd(32, c, max(1, c // 8)), c)
 
     def forward(self, x):
@@ -242,7 +242,7 @@ class UNet(nn.Module):
                  attention=(16,), dropout=0.3, extra=0):
         super().__init__()
         c_image, side, _ = image_shape  # square
-        # Zeros around the image let its side halve at each scale: 28 -> 32 for four
+        # Zeros around make the side a multiple of 2^(scales - 1): 28 -> 32 for four scales
         pad = -side % 2 ** (len(multipliers) - 1)
         sides = [(side + pad) // 2**k for k in range(len(multipliers))]  # of feature maps
         if pad % 2 == 1:
@@ -269,7 +269,7 @@ class UNet(nn.Module):
         # Up: each block takes a skip connection, the latest first
         self.up = nn.ModuleList()
         for k in reversed(range(len(sides))):
-            for _ in range(blocks + 1):  # one more, for the convolution's skip
+            for _ in range(blocks + 1):  # + 1: the skip of the scale's convolution
                 c_in, c = c + skips.pop(), multipliers[k] * channels
                 self.up.append(ResBlock(c_in, c, dim, dropout, sides[k] in attention))
             if k > 0:  # twice the side; the channels of the next scale

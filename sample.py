@@ -35,7 +35,7 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
     """Images of n paths by decoder and by diffusion, None without stage 2: (n, C, H, W) in [0, 1].
     x_T: the noise. seen: a list, to which each batch adds DDIM's (t, x_t, x0^)."""
     if x_T is None:
-        x_T = torch.randn(len(path.z), *run.tree.image_shape)  # the same on any device
+        x_T = torch.randn(len(path.z), *run.tree.image_shape)  # on the CPU: the same on any device
     decoded, denoised = [], []
     for rows in torch.arange(len(x_T)).split(PIXELS // x_T[0, 0].numel()):
         part, noise = Path(path.z[rows], path.nodes[rows]), x_T[rows].to(run.device)
@@ -49,21 +49,21 @@ def draw_images(run, path, steps, eta, x_T=None, seen=None):
 
 
 def paths_to_leaves(run, n, nodes=None):
-    """n new paths to each leaf, or through each of `nodes`, in this order: a Path.
-    Where fewer than n of the sampled paths pass, the most probable others fill up."""
-    tree, rows, leaves = run.tree, [], []
+    """A Path: n new paths to each leaf, or through each of `nodes`. First those of a pool of prior
+    samples that pass the node; if fewer than n, the likeliest others are sent there."""
+    tree, rows, columns = run.tree, [], []
     z = tree.sample_latents(max(2048, 4 * n))  # {node: (pool, c, r, r)}
     probs = tree.prior_leaf_probs(z)  # (pool, n_leaves)
-    sampled = probs.multinomial(1).squeeze(1)  # (pool,) the leaf of each path
+    sampled = probs.multinomial(1).squeeze(1)  # (pool,) each path's leaf, a column of probs
     for node in nodes or tree.leaves:
         below = torch.tensor([node in tree.path_to(i) for i in tree.leaves], device=run.device)
         passed = below[sampled]  # (pool,) bool
-        score = torch.where(passed, 2.0, (probs * below).sum(1))  # 2: before any P_p(node | z)
-        likely = probs.masked_fill(~below, -1).argmax(1)  # for the others
+        score = torch.where(passed, 2.0, (probs * below).sum(1))  # 2 > P_p(node | z)
+        likely = probs.masked_fill(~below, -1).argmax(1)  # their leaf
         rows.append(score.argsort(descending=True, stable=True)[:n])
-        leaves.append(torch.where(passed, sampled, likely)[rows[-1]])
+        columns.append(torch.where(passed, sampled, likely)[rows[-1]])
     z = {i: z_i[torch.cat(rows)] for i, z_i in z.items()}
-    return tree.pick_path(z, torch.cat(leaves))
+    return tree.pick_path(z, torch.cat(columns))
 
 
 def one_root(run, steps, n=4):
@@ -73,7 +73,7 @@ def one_root(run, steps, n=4):
     z = run.tree.sample_latents(n)  # {node: (n, c, r, r)}
     z = {i: z_i.repeat_interleave(n_leaves, 0) for i, z_i in z.items()}
     path = run.tree.pick_path(z, torch.arange(n_leaves, device=run.device).repeat(n))
-    x_T = torch.randn(n, *run.tree.image_shape).repeat_interleave(n_leaves, 0)  # and x_T
+    x_T = torch.randn(n, *run.tree.image_shape).repeat_interleave(n_leaves, 0)  # x_T, too
     return draw_images(run, path, steps, 0.0, x_T)  # eta = 0: no other noise
 
 
@@ -82,8 +82,8 @@ def denoising(run, steps, eta):
     columns, C, H, W) in [0, 1]; and the times, in 1..T."""
     seen = []
     _, images = draw_images(run, paths_to_leaves(run, 1), steps, eta, seen=seen)
-    times = run.diffusion.ddim_times(steps)[::-max(1, steps // 10)]  # from the noise on
-    # Each batch of leaves passed each time
+    times = run.diffusion.ddim_times(steps)[::-max(1, steps // 10)]  # noisiest first
+    # `seen` has each time once for every batch of leaves
     noisy = [torch.cat([x.cpu() for t, x, _ in seen if t == time]) for time in times]
     columns = [((x + 1) / 2).clamp(0, 1) for x in noisy] + [images]
     return torch.stack(columns, 1), [t + 1 for t in times]
@@ -103,7 +103,7 @@ def save_figure(figure, file):
 
 
 def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=TITLES[1:]):
-    """Grids of images (n, C, H, W) in [0, 1]; rows, heads: names of their rows and columns."""
+    """A grid of each (n, C, H, W) in images, if not None; rows, heads: labels left and on top."""
     grids = [x for x in images if x is not None]
     n, _, side, _ = grids[0].shape
     down, across = (len(grids), 1) if stacked else (1, len(grids))
@@ -121,12 +121,12 @@ def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=T
 
 
 def draw_tree(ax, parents, leaves, shares, images, title):
-    """A tree; below leaf k, at x = k: its images (n_leaves, n, C, H, W) in [0, 1], its share."""
+    """A tree; a leaf is 1 wide. Below leaf k: images[k] (n, C, H, W) in [0, 1], its share."""
     place = {leaf: (k, 0.0) for k, leaf in enumerate(leaves)}  # {node: (x, y)}
     for i in reversed(range(len(parents))):  # children first
         children = [place[j] for j, parent in enumerate(parents) if parent == i]
         if children:
-            x, y = np.mean(children, 0)[0], np.max(children, 0)[1] + 0.6  # in the middle, above
+            x, y = np.mean(children, 0)[0], np.max(children, 0)[1] + 0.6  # between, above
             place[i] = (x, y)
             ax.text(x, y, i, size=7, ha="center", va="center", bbox=dict(boxstyle="circle", fc="w"))
             for x_j, y_j in children:
@@ -150,7 +150,7 @@ def draw_leaf_classes(run, counts, file, steps, eta=0.0):
     ax = Figure().add_axes((0, 0, 1, 1))
     draw_tree(ax, run.tree.parents, run.tree.leaves, shares, images,
               "New images, share of the test images, classes")
-    y = -3.35  # below the shares
+    y = -3.35  # below three images and the share
     for name, table in counts.items():
         ax.text(-0.55, y, name, size=8, ha="right", va="center")
         for k, row in enumerate(table):

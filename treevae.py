@@ -474,7 +474,7 @@ class TreeVAE(nn.Module):
         has = probs >= min(1 / len(leaves), 0.5)
         sizes = has.sum(0)
         if hard:  # not in the paper: leaves that share images would be split again and again
-            sizes = torch.bincount(probs.argmax(1), minlength=len(leaves))
+            sizes = torch.bincount(probs.argmax(1))
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
                 return leaves[column], has[:, column]
