@@ -30,11 +30,11 @@ class Diffusion(nn.Module):
         tables["one_minus_abar_prev"] = 1 - abar_prev
         tables["beta_tilde"] = (1 - abar_prev) / (1 - abar) * beta  # eq. (26), 0 at the first t
         for name, table in tables.items():  # (T, 1, 1, 1), so that abar[t] scales images
-            self.register_buffer(name, table.float().view(-1, 1, 1, 1), persistent=False)
+            self.register_buffer(name, table.float().view(-1, 1, 1, 1))
 
     # -- identities: any two of x_0, x_t, eps and v give the others --
     def add_noise(self, x0, t, eps):
-        """x_t ~ q(x_t | x_0), eqs. (5), (24): all steps (3), (4), (22), (23) up to t at once."""
+        """x_t ~ q(x_t | x_0), eqs. (5), (24): all steps of eqs. (3), (4), (22), (23) at once."""
         return self.abar[t].sqrt() * x0 + self.one_minus_abar[t].sqrt() * eps  # eps ~ N(0, I)
 
     def predict_x0(self, xt, eps, t):
@@ -63,8 +63,8 @@ class Diffusion(nn.Module):
         """L_simple, eq. (30), as a mean over pixels. t, eps: drawn if None. of="v": see below."""
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
-        # By (5), (28): mu~ - mu_psi = beta_t / sqrt(alpha_t (1 - abar_t)) (eps_psi - eps). (29)
-        # squares this over 2 sigma_t^2; without the factor samples are better (Ho et al. 2020).
+        # By (5), (28): mu~ - mu_psi = beta_t / sqrt(alpha_t (1 - abar_t)) (eps_psi - eps).
+        # Eq. (29) is its square / (2 sigma_t^2); samples are better without the factor (Ho et al.).
         error = (net(self.add_noise(x0, t, eps), t, y) - eps) ** 2
         if of == "v":
             # Not in the paper: |v - v_psi|^2, since eps's error is sqrt(abar_t) times v's. Large t

@@ -389,7 +389,7 @@ class TreeVAE(nn.Module):
         # Features, averaged over depths: d_h becomes invariant to crops, flips and brightness
         if below is None:
             a, b = torch.stack([head(h) for head, h in zip(self.heads, d)]).chunk(2, 1)
-            total = total + nt_xent(a, b, 0.5, torch.zeros_like(a[:, :, 0])).mean()
+            total = total + nt_xent(a, b, 0.5, a.new_zeros(a.shape[:2])).mean()
         return total
 
     @torch.no_grad()
@@ -402,7 +402,7 @@ class TreeVAE(nn.Module):
         d = self.bottom_up_pass(x)
         samples = []
         for _ in range(n_samples):
-            log_w = {0: torch.zeros(len(x), device=x.device)}
+            log_w = {0: 0.0}
             leaves = []
             for v in self.walk(d):
                 w = log_w[v.node] + v.p.log_prob(v.z) - v.q.log_prob(v.z)  # log [p / q] P_p, so far
