@@ -64,7 +64,7 @@ class Diffusion(nn.Module):
         t = torch.randint(self.timesteps, (len(x0),), device=x0.device) if t is None else t
         eps = torch.randn_like(x0) if eps is None else eps
         # By (5), (28): mu~ - mu_psi = beta_t / sqrt(alpha_t (1 - abar_t)) (eps_psi - eps).
-        # Its square / (2 sigma_t^2) is eq. (29): without that factor samples are better (Ho et al.).
+        # Its square / (2 sigma_t^2) is eq. (29); without it samples are better (Ho et al. 2020).
         error = (net(self.add_noise(x0, t, eps), t, y) - eps) ** 2
         if of == "v":
             # Not in the paper: |v - v_psi|^2, since eps's error is sqrt(abar_t) times v's. Large t

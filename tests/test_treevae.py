@@ -65,7 +65,7 @@ def test_networks_and_settings():
     assert layers(make_decoder("resnet", (3, 32, 32), 4, 9, 1)) == [
         (9, 8, 4, 4), *[(8, 8, 3, 1)] * 2, (8, 4, 3, 2), *[(4, 4, 3, 1)] * 2, (4, 48, 3, 1)]
     tree, small = TreeVAE((1, 28, 28), contrastive=True), make_tree()
-    assert tree.latent_shape == (16, 4, 4) and len(tree.bottom_up) == 7 and not small.heads
+    assert tree.sample_path(2).z.shape == (2, 2, 16, 4, 4) and len(tree.bottom_up) == 7 and not small.heads
     assert layers(tree.bottom_up[0]) == [(32, 32, 3, 1)] and layers(tree.encoder)[0][1] == 32
     assert layers(small.bottom_up[0]) == [(4, 4, 1, 1)] and tree.heads[7][-1].out_features == 10
     tree = make_tree(encoder="resnet", decoder="mlp")
