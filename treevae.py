@@ -336,7 +336,7 @@ class TreeVAE(nn.Module):
         if visits is None:
             visits = self.walk(self.bottom_up_pass(x))
         names = ("reconstruction", "kl_root", "kl_nodes", "kl_decisions")
-        terms = {name: torch.zeros(len(x), device=x.device) for name in names}
+        terms = {name: torch.zeros_like(visits[0].log_reach_q) for name in names}
         for v in visits:
             # The expectation over the decisions is exact: it weights node i's terms by P(i; c)
             reach = v.log_reach_q.exp()  # (B,), 1 at the root

@@ -275,8 +275,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
     new, resume = as_argv(FLAGS | dict(out=tmp_path / "new")), [f"--out={tmp_path}", "--resume"]
     for call, *words in (
             ([*new, "--leaves", "3"], "--leaves"), ([*new, "--decoder", "vit"], "vit"),
-            ([*new, "--device", "tpu"], "--device", "tpu"),
-            ([*new, "--dataset", "nothing"], "fashion", "nothing"),
+            ([*new, "--device", "tpu"], "tpu"), ([*new, "--dataset", "none"], "fashion", "none"),
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
             ([*new, "--tree", str(ran.folder), "--quick"], "--tree", "--quick"),

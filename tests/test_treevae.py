@@ -10,6 +10,7 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 import treevae
+from diffusion import Diffusion, time_features
 from treevae import Gaussian, TreeVAE, make_decoder, make_encoder
 
 TREES = [(-1,), (-1, 0, 0), (-1, 0, 0, 2, 2, 1, 1, 3, 3), (-1, 0, 0, -2, 1, 2, 2, 4, 4)]
@@ -332,3 +333,15 @@ def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
             near = (features[row] - points).norm(dim=1).argsort()[:n_voters]
             assert targets[row].item() == pytest.approx(left[near].float().mean().item())
     assert len(targets) == 5003 and len(targets.unique()) > 2
+
+
+def test_everything_is_made_on_the_device_of_the_tree():
+    x, diffusion = images(3).to("meta"), Diffusion(9).to("meta")  # raises where devices are mixed
+    tree = make_tree(TREES[2], contrastive=True).to("meta").train()
+    tree.loss(x, view=x)
+    assert all(tree.decode(path).is_meta for path in (tree.sample_path(3), tree.infer_path(x)))
+    def net(xt, t, y):
+        return xt * time_features(t, 2)[:, :1, None, None]
+    diffusion.loss(net, x)
+    diffusion.ddpm_sample(net, x.shape)
+    diffusion.ddim_sample(net, x.shape, steps=3, eta=1)
