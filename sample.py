@@ -210,6 +210,7 @@ def draw_curves(log, file):
     right.set(xlabel="step of stage 2", ylabel="loss a pixel")
     for ax in left, middle, right:
         ax.legend(fontsize=8, loc="center")
+        ax.set_visible(len(ax.lines[0].get_xdata()) > 0)  # one stage alone was trained
     save_figure(ax.figure, file)
 
 
