@@ -5,7 +5,7 @@ At each internal node i a *router* sends an image x to the left child, c_i = 0, 
 c_i = 1. P(i; c), the probability that x reaches node i, is the product of q(c_j | x) on the way.
 The leaves are the clusters. Node i has a latent map z_i, leaf l a decoder from z_l to the image.
 
-    inference: d upwards, then z down    generation, top-down               equations
+    inference: d_h by depth, z_i by node generation, top-down               equations
     x --encoder--> d_H -> ... -> d_0     z_0 ~ N(0, I)                      (12); (7)
     d_0 -> q(z_0 | x), q(c_0 | x)        router p(c_0 | z_0)                (16), (18); (9)
     d_1 -> q(z_1 | z_0, x), ...          transformations z_0 -> z_1, z_2    (13)-(17); (8)
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 PRUNED = -2  # in place of a pruned node's parent
 VAR_FLOOR = 1e-7  # where q = p, KL is 0 at any variance: without a floor both shrink, until NaN
-MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # image side -> map sides
+MAP_SIDES = {16: [4], 28: [7, 4], 32: [8, 4], 64: [16, 8, 4]}  # of maps, by image side; 16: tests
 
 
 class Gaussian(NamedTuple):
@@ -138,7 +138,7 @@ class ToGaussian(nn.Module):
 
 
 class Router(nn.Module):
-    """Features (B, c_in, r, r) -> the logit of r_i = P(c_i = 0), (B,): eqs. (9), (18)."""
+    """Features (B, c_in, r, r) -> (B,), the logit of P(c_i = 0), the paper's r: eqs. (9), (18)."""
     def __init__(self, c_in, hidden, r, kernel):
         super().__init__()
         last = nn.Linear(hidden * r * r, 1)
@@ -299,13 +299,15 @@ class TreeVAE(nn.Module):
         return self._leaf_probs(logits, len(x))
 
     def walk(self, d, below=None):
-        """One Monte Carlo sample of all z, but of no decision; d: `bottom_up_pass`. -> [Visit]"""
+        """One sample of z, of no decision -> [Visit]. below: only the path to it and what is below.
+        d: `bottom_up_pass`.
+        """
         z, visits = {}, []
         log_reach = {0: torch.zeros(len(d[0]), device=d[0].device)}
         for i in self.ids:
             path = self.path_to(i)
             if below is not None and below not in path and i not in self.path_to(below):
-                continue  # neither under `below` nor on the path to it
+                continue
             node, d_i = self.nodes[i], d[len(path) - 1]
             q = node.evidence(d_i)  # eqs. (13), (14), and at the root (16)
             if i == 0:
@@ -329,7 +331,7 @@ class TreeVAE(nn.Module):
         out = self.nodes[leaf].decoder(z).float()
         if self.likelihood == "gaussian":
             return Gaussian(out, torch.ones_like(out)).log_prob(x)  # sigma = 1
-        return (x * out - F.softplus(out)).flatten(1).sum(1)  # mu = sigmoid(out), in log space
+        return (x * out - F.softplus(out)).flatten(1).sum(1)  # x log mu + (1 - x) log(1 - mu)
 
     def elbo(self, x, visits=None):
         """L(x | T), eq. (21), and its terms, from one `walk`: {name: (B,)} in nats."""
@@ -355,7 +357,7 @@ class TreeVAE(nn.Module):
     def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, visits=None):
         """The loss, a scalar in nats an image, and {name: scalar} of its parts.
         Minus eq. (21), its KL terms weighted; given a second view of the images, plus the weighted
-        `contrastive_loss`. below: see `walk`; the path to it is frozen, so its terms are constants.
+        `contrastive_loss`. below: see `walk`. visits: those of x, if made already; no view then.
         """
         if visits is None:
             d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
@@ -386,7 +388,7 @@ class TreeVAE(nn.Module):
             b = torch.stack([r_view, 1 - r_view], -1)
             log_reach = torch.stack([v.log_reach_q.detach() for v in decide])
             total = total + nt_xent(a, b, 1.0, log_reach).sum()
-        # Features, averaged over depths: d_h becomes invariant to crops, flips and brightness
+        # Features, averaged over depths: d_h becomes invariant to crops. a, b: (H + 1, B, 10)
         if below is None:
             a, b = torch.stack([head(h) for head, h in zip(self.heads, d)]).chunk(2, 1)
             total = total + nt_xent(a, b, 0.5, a.new_zeros(a.shape[:2])).mean()
@@ -423,7 +425,7 @@ class TreeVAE(nn.Module):
         return z
 
     def prior_leaf_probs(self, z):
-        """P_p(l | z) by the generative routers, eq. (9); z: `sample_latents` -> (n, n_leaves)."""
+        """z of `sample_latents` -> P_p(l | z) by the generative routers, eq. (9): (n, n_leaves)."""
         logits = {i: self.nodes[i].router_p(z[i]) for i in self.ids if self.nodes[i].router_p}
         return self._leaf_probs(logits, len(z[0]))
 
@@ -440,7 +442,7 @@ class TreeVAE(nn.Module):
         return Path(path_z, nodes)
 
     def infer_path(self, x, leaf=None):
-        """A sample of eq. (2) -> Path. leaf: (B,) long, columns of `leaf_probs`, or sampled."""
+        """A sample of eq. (2) -> Path. leaf: (B,) long, columns of `leaf_probs`; None: sampled."""
         visits = self.walk(self.bottom_up_pass(x))
         if leaf is None:  # l ~ P(l; c), eq. (6)
             probs = self._leaf_probs({v.node: v.logit_q for v in visits}, len(x))
@@ -473,7 +475,7 @@ class TreeVAE(nn.Module):
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
         sizes = has.sum(0)
-        if hard:  # not in the paper: leaves that share images would be split again and again
+        if hard:  # not in the paper: an image counts once, or leaves that share images split again
             sizes = torch.bincount(probs.argmax(1))
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
@@ -481,7 +483,7 @@ class TreeVAE(nn.Module):
         return None
 
     def next_prune(self, probs, share=0.01):
-        """The smallest leaf if it is the most probable of less than `share` of images, or None."""
+        """The leaf with the fewest images, by argmax, if under `share` of them; else None."""
         sizes = torch.bincount(probs.argmax(1), minlength=len(self.leaves))
         return self.leaves[sizes.argmin()] if sizes.min() < share * len(probs) else None
 
@@ -523,8 +525,8 @@ def nt_xent(a, b, temperature, log_weight):
     l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
     similarity, i' the other view of i; the mean of w_i l_i. a, b: (K, B, c); log_weight: (K, B).
     """
-    # Without w_k = P(i; c) a deep router learns to tell its images from those that never reach it,
-    # and sends all of its own one way: on Fashion-MNIST three of ten leaves died.
+    # w_k: image k's P(node; c), 1 for features. The authors have no w_k and divide by sum w_i: deep
+    # routers then sent all their images one way (on Fashion-MNIST three of ten leaves died).
     views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, c)
     K, n, _ = views.shape  # n = 2B
     log_w = log_weight.repeat(1, 2)  # (K, 2B)
@@ -532,14 +534,14 @@ def nt_xent(a, b, temperature, log_weight):
     logits = views @ views.mT / temperature + log_w[:, None]  # (K, 2B, 2B)
     logits = logits.masked_fill(itself, -math.inf).flatten(0, 1)
     partner = torch.arange(n, device=a.device).roll(n // 2).repeat(K)  # i' = i + B or i - B
-    # Cross-entropy has w_i' exp(...) in the numerator: as w_i' = w_i, adding log w_i removes w_i'
+    # Cross-entropy weights the numerator, too: it is l_i - log w_i', and w_i' = w_i
     l = F.cross_entropy(logits, partner, reduction="none").view(K, n) + log_w
     return (log_w.exp() * l).mean(1)
 
 
 # == Beyond the paper ==
-# With the ELBO alone a new router keeps whatever split it finds first. Here it follows the best
-# cut of its images' features, which the contrastive loss made invariant to crops.
+# With the ELBO alone a new router keeps whatever split it finds first. `next_phase` in train.py
+# has it follow the best cut of features that the contrastive loss made invariant to crops.
 
 @torch.no_grad()
 def cut_features(tree, x):
@@ -568,10 +570,10 @@ def normalized_cut(points, neighbours=30, least=0.15):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T  # W, symmetric
     degree = graph.sum(1)  # the diagonal of D
-    # The second eigenvector of the Laplacian, I - affinity, divided by sqrt(degree), sorts the
-    # points. Only cuts of this order are tried.
+    # The second smallest eigenvector of the Laplacian I - affinity, divided by sqrt(degree), sorts
+    # the points; only the N - 1 cuts of this order are tried. It is affinity's second largest.
     affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
-    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # ascending; O(N^3)
+    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # eigenvalues ascend; O(N^3)
     order = (second / degree.sqrt()).argsort()
     graph = graph[order][:, order]
     volume = degree[order].cumsum(0)  # vol(A), A the first 1, 2, ... points
