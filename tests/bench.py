@@ -2,11 +2,10 @@
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, ".")  # run it from the project's root
 from diffusion import Diffusion, UNet, eps_net  # noqa: E402
 from path_encoder import PathEncoder  # noqa: E402
 from train import CHUNK, leaf_probs  # noqa: E402
