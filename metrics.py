@@ -132,7 +132,7 @@ def load_classifier(run):
     encoder = make_encoder("resnet", run.tree.image_shape, 64, 128, 1)
     net = nn.Sequential(encoder, nn.Flatten(), nn.Linear(128, len(data.classes))).to(run.device)
     name = run.config.dataset.replace("/", "_")
-    file = run.folder.parent / f"classifier-{name}-{len(data.images)}.pt"  # shared
+    file = run.folder.parent / f"classifier-{name}-{len(data.images)}.pt"  # all runs'
     if file.exists():
         net.load_state_dict(torch.load(file, map_location=run.device, weights_only=True))
         return net.eval()

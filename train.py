@@ -539,9 +539,9 @@ def begin(argv):
                  target=None, tree=None, optimizer=None, log=[],
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:  # stage 2 alone, on the tree and with the settings of a run
-        if "quick" in typed or "preset" in typed:
-            fail("--tree takes the settings of that run: leave out --preset and --quick")
         config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
+        if "quick" in typed or "preset" in typed or not config.diffusion_epochs:
+            fail("--tree takes that run's settings: no --preset, no --quick, --diffusion-epochs over 0")
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
     folder = pathlib.Path(config.out)

@@ -66,8 +66,7 @@ def bench_diffusion():
     tree = TreeVAE((1, 28, 28), parents=TEN_LEAVES).to(device).eval().requires_grad_(False)
     unet = UNet((1, 28, 28), attention=()).to(device)
     encoder = PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim).to(device)
-    many = x.repeat(CHUNK, 1, 1, 1)
-    report(f"paths of {CHUNK} batches, as in training", lambda: tree.infer_path(many))
+    report(f"paths of {CHUNK} batches", lambda: tree.infer_path(x.repeat(CHUNK, 1, 1, 1)))
     y, net = encoder(*tree.infer_path(x)).detach(), eps_net(diffusion, unet)
     step = training_step(unet, lambda: diffusion.loss(net, x, y))
     for dtype in (torch.float32, torch.bfloat16):

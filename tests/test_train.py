@@ -279,6 +279,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
             ([*new, "--tree", str(ran.folder), "--quick"], "--tree", "--quick"),
+            ([*new, "--tree", str(ran.folder), "--diffusion-epochs", "0"], "--diffusion-epochs"),
             ([*new, "--out", str(ran.folder)], "holds a run", "--resume", "--out"),
             (resume, "checkpoint.pt", "damaged"), ([*resume, "--seed", "9"], "config.json"),
             (lambda: train.load_run(tmp_path), "tree.pt", "missing"),
