@@ -541,7 +541,7 @@ def begin(argv):
     if config.tree:  # stage 2 alone, on the tree and with the settings of a run
         config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
         if "quick" in typed or "preset" in typed or not config.diffusion_epochs:
-            fail("--tree takes that run's settings: no --preset, no --quick, --diffusion-epochs over 0")
+            fail("--tree keeps that run's settings: no --preset or --quick; --diffusion-epochs > 0")
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
     folder = pathlib.Path(config.out)
