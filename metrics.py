@@ -1,4 +1,4 @@
-"""Every number that the papers report, of finished runs.
+"""Every number of the papers, for finished runs.
 
     python metrics.py runs/a runs/b    a table; each run's metrics.json
 """
@@ -296,7 +296,7 @@ def main(argv=None):
     """Measure runs, print the table."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("runs", nargs="+", help="such as runs/fashion")
+    add("runs", nargs="+", help="like runs/fashion")
     add("--device", default="auto", help="cuda, mps or cpu")
     add("--images", type=int, default=0, help="default: up to 10000")
     add("--steps", type=int, default=0, help="of DDIM; default: 15 on a CPU, else 100")

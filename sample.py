@@ -1,15 +1,15 @@
 """Every picture of a finished run, into its folder.
 
-    python sample.py runs/fashion              the pictures below
-    python sample.py runs/fashion --node 2     node_2.png: new images below node 2
+    python sample.py runs/fashion             the pictures below
+    python sample.py runs/fashion --node 2    node_2.png: new images below node 2
 
-tree.png             the tree, new images and the classes at its leaves
-leaves.png           new images of each leaf, by decoder and by diffusion
-one_root.png         Figure 4: one z_0 and x_T for all leaves
-reconstructions.png  test images, and what both make of their paths
-denoising.png        an image of each leaf as it leaves the noise
-growth.gif           the tree as it grew
-curves.png           the losses of both stages
+tree.png: the tree, new images and the classes at its leaves
+leaves.png: new images of each leaf, by decoder and by diffusion
+one_root.png: Figure 4, one z_0 and x_T for all leaves
+reconstructions.png: test images, and what both make of their paths
+denoising.png: an image of each leaf as it leaves the noise
+growth.gif: the tree as it grew
+curves.png: the losses of both stages
 """
 
 import argparse
@@ -90,7 +90,7 @@ def denoising(run, steps, eta):
 
 
 def count_test_images(run):
-    """Test images by their most probable leaf and class: an array (n_leaves, n_classes)."""
+    """Test images by their most probable leaf and class: (n_leaves, n_classes)."""
     leaf = train.leaf_probs(run.tree, run.data.test_images.to(run.device)).argmax(1).cpu()
     counts = np.zeros((len(run.tree.leaves), max(1, len(run.data.classes))))
     np.add.at(counts, (leaf, run.data.test_labels), 1)
@@ -218,7 +218,7 @@ def main(argv=None):
     """Load a run, draw its pictures."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("run", help="such as runs/fashion")
+    add("run", help="like runs/fashion")
     add("--node", type=int, help="only draw n x n new images below this node or leaf")
     add("--steps", type=int, default=100, help="of DDIM, 1..T (100)")
     add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1 (0)")

@@ -1,9 +1,7 @@
-"""Train TreeDiffusion: first the tree (stage 1), then the diffusion model on its paths (stage 2).
+"""Train TreeDiffusion: the tree (stage 1), then diffusion on its paths. First read "Training".
 
     python train.py                      the embedded data set `shapes`, no download
     python train.py --dataset fashion    Fashion-MNIST, downloaded; with --resume it goes on
-
-Read the section Training first; the rest is for looking up.
 """
 
 import argparse
@@ -25,7 +23,7 @@ from torchvision.transforms import functional as TF
 
 from diffusion import Diffusion, UNet, autocast, eps_net, update_average
 from path_encoder import SIGNALS, PathEncoder
-from treevae import Path, TreeVAE, cut_features, cut_targets
+from treevae import Path, TreeVAE, cut_features, cut_targets, decision_loss
 
 
 def fail(sentence):
@@ -83,8 +81,7 @@ class Config:
 
 PRESETS = {
     "tiny": {},
-    "small": dict(unet_channels=64, unet_multipliers="1,2,2", dropout=0.1, diffusion_epochs=14,
-                  diffusion_batch_size=128, diffusion_lr=1e-3, warmup_steps=500),
+    "small": dict(unet_channels=32, diffusion_epochs=36, diffusion_batch_size=128),
     # Appendix D; where it is silent, the authors' configuration files
     "paper": dict(
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
@@ -104,8 +101,8 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size
              grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)  # over tiny
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = dict(tiny="5 minutes for shapes, 30 for fashion or mnist, on two CPU cores",
-                small="10 minutes for fashion or mnist on a consumer GPU", paper="hours on a GPU")
+HOW_LONG = dict(tiny="5 minutes (shapes) or 30 (fashion) on two CPU cores",
+                small="10 minutes (fashion) on a consumer GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
@@ -115,7 +112,7 @@ SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
 def choose_settings(typed):
     """The Config of a new run: preset, then data set, --quick, typed flags; the later one wins."""
     dataset = typed.get("dataset", "shapes")
-    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")  # tiny will do for them
+    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
     preset = typed.get("preset", "small" if on_gpu else "tiny")
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
     settings = PRESETS[preset] | (row.paper if preset == "paper" else row.settings)
@@ -150,7 +147,7 @@ def draw_shapes(n, seed, colour):
     """n drawings and their classes, (n,): (n, 1, 28, 28) or, in colour, (n, 3, 32, 32) uint8."""
     rng, side = np.random.default_rng(seed), 32 if colour else 28
     label = rng.integers(0, 8, (n, 1, 1, 1))  # 0..3 filled, 4..7 outlined
-    def vary(low, high, channels=1):  # a number an image; classes differ by more than it
+    def vary(low, high, channels=1):  # a number an image
         return rng.uniform(low, high, (n, channels, 1, 1))
     y, x = np.mgrid[:side, :side] - (side - 1) / 2  # (side, side), 0 in the middle
     angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)  # (n, 1, 1, 1)
@@ -171,12 +168,6 @@ def draw_shapes(n, seed, colour):
     return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label.ravel())
 
 
-def load_shapes(config):
-    """The embedded data set."""
-    colour = config.dataset == "shapes-rgb"
-    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
-
-
 def load_arrays(config, kind):
     """One of torchvision's data sets that are arrays."""
     parts = []
@@ -188,17 +179,17 @@ def load_arrays(config, kind):
     return Data(*parts, part.classes)
 
 
-def load_folder(config):
-    """Your own images, in a folder for each class or not; a tenth is for testing."""
-    folder = pathlib.Path(config.dataset)
+def load_folder(folder, side=None, box=None):
+    """Images, in a folder a class or not; box: a crop. A tenth is for testing."""
+    folder = pathlib.Path(folder)
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     np.random.default_rng(0).shuffle(files)  # not class by class
     names = ["".join(file.relative_to(folder).parent.parts[:1]) for file in files]
     classes, labels = np.unique(names, return_inverse=True)
-    images, side = [], None
+    images = []
     for file in files:
-        image = datasets.folder.default_loader(file)  # RGB
+        image = datasets.folder.default_loader(file).crop(box)  # RGB; None: all of it
         image = TF.center_crop(image, min(image.size))
         if side is None:  # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
@@ -210,10 +201,9 @@ def load_folder(config):
                 classes.tolist() if len(classes) > 1 else [])
 
 
-GREY = dict(scale=(0.35, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.5, contrast=0.0,
-            saturation=0.0, hue=0.0, jitter=1.0, grey=0.0, gamma=0.5)
 COLOUR = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
               saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0.0)  # the paper's
+GREY = COLOUR | dict(scale=(0.35, 1.0), brightness=0.5, jitter=1.0, gamma=0.5)
 
 
 def random_view(config, x, **changes):
@@ -247,21 +237,34 @@ def random_view(config, x, **changes):
 
 # load: Config -> Data; settings go over tiny or small, paper over paper, views over GREY or COLOUR
 DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {}])
+OWN = DataSet(  # small's batch is too large at 64 x 64
+    lambda c: load_folder(c.dataset), dict(diffusion_batch_size=32), PAPER_64)
 DATASETS = {
-    "shapes": DataSet(load_shapes, DRAWN),
-    "shapes-rgb": DataSet(load_shapes, DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08),
-                          PAPER_32, dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
+    "shapes": DataSet(
+        lambda c: Data(*draw_shapes(8000, 0, False), *draw_shapes(2000, 1, False), SHAPES), DRAWN),
+    "shapes-rgb": DataSet(
+        lambda c: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES),
+        DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08), PAPER_32,
+        dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
     "mnist": DataSet(lambda c: load_arrays(c, datasets.MNIST), views=dict(flip=0.0)),
     "fashion": DataSet(lambda c: load_arrays(c, datasets.FashionMNIST)),
-    "cifar10": DataSet(lambda c: load_arrays(c, datasets.CIFAR10), {}, PAPER_32)}
-OWN = DataSet(load_folder, dict(diffusion_batch_size=32), PAPER_64)  # small's: too large at 64 x 64
+    "cifar10": DataSet(lambda c: load_arrays(c, datasets.CIFAR10), {}, PAPER_32),
+    "cifar100": DataSet(lambda c: load_arrays(c, datasets.CIFAR100), {}, PAPER_32),
+    "omniglot": DataSet(lambda c: load_folder(  # by alphabet
+        datasets.Omniglot(c.data_root, download=True).target_folder, 28), views=dict(flip=0.0)),
+    "celeba": DataSet(
+        lambda c: load_folder(  # the authors' crop
+            datasets.CelebA(c.data_root, download=True).root + "/celeba", 64, (15, 40, 163, 188)),
+        OWN.settings, PAPER_64 | dict(diffusion_epochs=200),
+        dict(scale=(0.75, 1.0), ratio=(0.8, 1.25), brightness=0.2, contrast=0.2, saturation=0.2,
+             hue=0.0, grey=0.0))}
 
 
 def load_data(config):
     """The data set of a config: drawn, read or downloaded -> Data, on the CPU."""
     try:
         data = DATASETS.get(config.dataset, OWN).load(config)
-    except Exception as error:  # no network, a damaged file, ...
+    except Exception as error:  # no network, a damaged file
         why = "is not in --data-root and cannot be downloaded"
         if config.dataset not in DATASETS:
             why = f"is no folder of images, nor one of {', '.join(DATASETS)}"
@@ -361,10 +364,9 @@ def load_run(folder, device="auto"):
 
 def live(text, last=False):
     """Redraw the live line; in a log only its last version appears."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
-    elif last:
-        print(text, flush=True)
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    if clear or last:
+        print(clear + text, end="\n" if last else "", flush=True)
 
 
 # == Training ==
@@ -416,10 +418,7 @@ def train_phase(config, state, tree, images, folder):
             else:  # beyond the paper: the targets of `next_phase`, in place of the contrast
                 visits = tree.walk(tree.bottom_up_pass(x), node)
                 loss, terms = tree.loss(x, weight, node, visits=visits)
-                log_reach = {v.node: v.log_reach_q for v in visits}
-                ends = tree.leaves if node is None else tree.children_of(node)
-                log_p = torch.stack([log_reach[i] for i in ends], 1)  # (B, n), up to log P(node)
-                terms["cut"] = F.cross_entropy(log_p, targets[step])
+                terms["cut"] = decision_loss(tree, visits, targets[step], node)
                 # Less in fine-tuning, so that the ELBO can mend what a split got wrong
                 loss = loss + (config.cut if phase == "grow" else config.cut / 3) * terms["cut"]
             optimizer.zero_grad()
@@ -455,12 +454,10 @@ def next_phase(config, state, tree, images):
             tree.grow(node)
         rows = has.nonzero().squeeze(1)
         if guided:  # the new router follows the best cut
-            features = []
-            for some in rows.split(1000):  # means over four mild views
-                x = images[some].float() / 255
-                views = [random_view(config, x, scale=(0.7, 1.0)) for _ in range(4)]
-                features.append(sum(cut_features(tree, view) for view in views) / 4)
-            left = cut_targets(torch.cat(features))
+            batches = (images[some].float() / 255 for some in rows.split(1000))
+            mild = dict(scale=(0.7, 1.0))
+            features = cut_features(tree, batches, lambda x: random_view(config, x, **mild))
+            left = cut_targets(features)
             state["target"] = torch.stack([left, 1 - left], 1).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
         return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)

@@ -543,11 +543,23 @@ def nt_xent(a, b, temperature, log_weight):
 # With the ELBO alone a new router keeps whatever split it finds first. `next_phase` in train.py
 # has it follow the best cut of features that the contrastive loss made invariant to crops.
 
+def decision_loss(tree, visits, targets, node=None):
+    """Cross-entropy of P(l; c) to targets (B, n_leaves); or of node's router, to (B, 2)."""
+    log_reach = {v.node: v.log_reach_q for v in visits}
+    ends = tree.leaves if node is None else tree.children_of(node)
+    log_p = torch.stack([log_reach[i] for i in ends], 1)  # (B, n), up to log P(node)
+    return F.cross_entropy(log_p, targets)
+
+
 @torch.no_grad()
-def cut_features(tree, x):
-    """Features that form clusters, (B, hidden); the tree needs projection heads."""
+def cut_features(tree, batches, view):
+    """Features that form clusters, means over four views: (N, hidden). batches: of (B, C, H, W)."""
     head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
-    return head(tree.bottom_up_pass(x)[-1])
+    features = []
+    for x in batches:
+        of_views = [head(tree.bottom_up_pass(view(x))[-1]) for _ in range(4)]
+        features.append(sum(of_views) / 4)
+    return torch.cat(features)
 
 
 def cut_targets(features, n_points=2000, n_voters=7):

@@ -1,9 +1,9 @@
 """Speed, by hand: python tests/bench.py tree|diffusion. The yardstick is a product of matrices."""
 
 import sys
-import time
 
 import torch
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, ".")  # run it from the project's root
 from diffusion import Diffusion, UNet, eps_net  # noqa: E402
@@ -17,17 +17,11 @@ medians = []  # in seconds; the first is the yardstick
 
 
 def report(name, work):
-    """The median time of five calls of `work`, after two to warm up."""
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    medians.append(sorted(times[2:])[2])
-    ratio = medians[-1] / medians[0]
-    print(f"{name:46s}{1000 * medians[-1]:9.1f} ms{ratio:9.2f} yardsticks", flush=True)
+    """The median time of `work`."""
+    work()  # to warm up
+    timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
+    medians.append(timer.blocked_autorange(min_run_time=3).median)  # it waits for a GPU
+    print(f"{name:44s}{1e3 * medians[-1]:9.1f} ms{medians[-1] / medians[0]:9.2f} yardsticks")
 
 
 def training_step(net, loss):
@@ -77,8 +71,7 @@ def bench_diffusion():
             report(f"10 DDIM steps, {dtype}", lambda: diffusion.ddim_sample(net, x.shape, y, 10))
 
 
-if __name__ == "__main__":
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    report("2048 x 2048 x 2048 products", lambda: a @ b)
-    dict(tree=bench_tree, diffusion=bench_diffusion)[sys.argv[1]]()
+print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+a, b = torch.randn(2, 2048, 2048, device=device)
+report("2048 x 2048 x 2048 products", lambda: a @ b)
+dict(tree=bench_tree, diffusion=bench_diffusion)[sys.argv[1]]()

@@ -321,8 +321,11 @@ def test_the_best_cut_of_a_graph():
 @torch.no_grad()
 def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
     tree, x = make_tree(contrastive=True), images(3)
-    expected = F.leaky_relu(tree.heads[4][1](tree.encoder(x).flatten(1)), 0.1)
-    assert_close(treevae.cut_features(tree, x), expected)
+    views = iter([x[:2] + 0.1 * k for k in range(4)] + [x[2:] + 0.1 * k for k in range(4)])
+    found = treevae.cut_features(tree, [x[:2], x[2:]], lambda batch: next(views))
+    features = [F.leaky_relu(tree.heads[4][1](tree.encoder(x + 0.1 * k).flatten(1)), 0.1)
+                for k in range(4)]
+    assert_close(found, sum(features) / 4)
     features = seeded(torch.randn, 5003, 2)
     for n_points, n_voters in ((4, 7), (30, 5)):
         targets = seeded(treevae.cut_targets, features, n_points, n_voters)
