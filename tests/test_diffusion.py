@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import Attention, Diffusion, GroupNorm, ResBlock, UNet, eps_net, time_features
+from diffusion import (
+    Attention, Diffusion, GroupNorm, ResBlock, UNet, autocast, eps_net, time_features)
 from path_encoder import SIGNALS, PathEncoder
 
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -186,7 +187,8 @@ def test_the_unet_starts_at_v_0_attends_where_asked_and_pairs_its_skip_connectio
         assert h.shape[1] > skip.shape[1] and torch.equal(h[:, -skip.shape[1]:], skip)
 
 
-def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16():
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16(able, dtype, monkeypatch):
     class Watch(TorchDispatchMode):          # no .item(), no bool(), no tensor made of a number
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "lift_fresh")
@@ -194,11 +196,12 @@ def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16():
     unet, nodes, dtypes = UNet((1, 8, 8), 8, (1, 2), 1, ()), torch.tensor([[0, 1], [0, -1]]), []
     encoder, net = PathEncoder((2, 1, 1), 2, unet.emb_dim), eps_net(Diffusion(), unet)
     unet.last[0].register_forward_hook(lambda layer, inputs, out: dtypes.append(out.dtype))
-    with Watch(), torch.autocast("cpu", torch.bfloat16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    with Watch(), autocast(torch.device("cpu")):
         y = encoder(torch.zeros(2, 2, 2, 1, 1), nodes)
         loss = Diffusion().loss(net, torch.zeros(2, 1, 8, 8), y)
         loss.backward()
-    assert dtypes == [torch.bfloat16] and loss.dtype == torch.float32
+    assert dtypes == [dtype] and loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("signal", SIGNALS[:-1])

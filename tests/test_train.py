@@ -402,18 +402,17 @@ def test_step_decay_and_augmented_elbo(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "random_view", lambda config, x: x + 1)
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda adam: rates.append(adam.param_groups[0]["lr"]))
-    argv = ["--preset=paper", "--initial-epochs=101"]
-    images = DATA.images[:16].expand(-1, 3, -1, -1)
-    train.train_phase(*train.begin(argv), tree, images, tmp_path)
+    rgb, argv = DATA.images[:16].expand(-1, 3, -1, -1), ["--preset=paper", "--initial-epochs=101"]
+    train.train_phase(*train.begin(argv), tree, rgb, tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
     node, (x, _, _, view, _), *_ = calls                   # no contrastive loss; ELBO of a view
     assert node is None and view is None and 1 <= x.min() < x.max() <= 2
 
 
 def test_views(monkeypatch):
-    def random_view(x, **how):
-        off = dict.fromkeys(train.COLOUR, 0.0) | dict(scale=(1, 1), ratio=(1, 1), jitter=1.1)
-        return train.random_view(train.Config(), x, **(off | how))
+    off = dict.fromkeys(train.COLOUR, 0.0) | dict(scale=(1, 1), ratio=(1, 1), jitter=1.1)
+    monkeypatch.setattr(train, "COLOUR", off)
+    random_view = functools.partial(train.random_view, train.Config())
     x = 0.1 + 0.75 * torch.rand(400, 3, 16, 16)
     for how, other, share in (                             # each image by itself
             (dict(flip=0.3), x.flip(3), 0.3), (dict(grey=0.25), TF.rgb_to_grayscale(x), 0.25),
