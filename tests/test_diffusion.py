@@ -175,8 +175,9 @@ def test_the_unet_starts_at_v_0_attends_where_asked_and_pairs_its_skip_connectio
         assert not isinstance(layer, torch.nn.Dropout) or layer.p == 0.2
     v = unet(x, torch.tensor([3, 900]))
     assert not v.any() and v.shape == x.shape and sides == [16, 16, 8, 8, 4, 8, 8, 8, 16, 16, 16]
-    assert sum(p.numel() for p in UNet((1, 28, 28)).parameters()) == 9_144_833 + 5 * 66_304
-    randomised(unet)                                                     # 5 attend by default
+    default = UNet((1, 28, 28))                                          # 5 blocks attend
+    assert sum(p.numel() for p in default.parameters()) == 9_144_833 + 5 * 66_304
+    assert default.middle[0].dropout.p == 0.3 and randomised(unet)
     for layer in unet.down:
         layer.register_forward_hook(lambda layer, inputs, out: down.append((inputs[0], out)))
     for block in [layer for layer in unet.up if isinstance(layer, ResBlock)]:
