@@ -444,7 +444,7 @@ def next_phase(config, state, tree, images):
     probs = leaf_probs(tree, images)
     if ended == "initial" and guided and len(tree.leaves) == 2:
         split = 0, torch.ones_like(probs[:, 0]).bool()  # beyond the paper: redo the root's split
-    elif ended == "grow" and n_splits > 0 and n_splits % 3 == 0 and config.intermediate_epochs:
+    elif ended == "grow" and n_splits and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
         split = tree.next_split(probs, batch_size_for(images, config.tree_batch_size), hard=guided)

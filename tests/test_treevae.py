@@ -88,7 +88,7 @@ def test_the_floor_keeps_variances_and_gradients_finite():
         if isinstance(module, treevae.ToGaussian):
             module.linear.bias.data[2:] = -1e4
     for v in tree.walk(tree.bottom_up_pass(images(4))):
-        assert v.p.var.min() >= 0.999e-7 and v.q.var.min() >= 0.499e-7  # q: the product of two
+        assert (v.node == 0 or 0.999e-7 < v.p.var.min() < 1.001e-7) and v.q.var.min() > 0.499e-7
     tree.loss(images(4))[0].backward()
     assert all(p.grad.isfinite().all() for p in tree.parameters())
 
