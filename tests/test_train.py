@@ -329,8 +329,7 @@ def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkey
     if config.cut and config.contrastive:                  # of the cut, or P(l; c)
         target = leaf_probs(tree, 0).tolist() if node is None else [[0.25, 0.75]] * len(rows)
     assert state["target"] is target is None or state["target"].tolist() == target
-    assert views == [(0.7, 1.0)] * len(views)
-    assert ended != "finetune" or state["note"] == "pruned: 6"
+    assert set(views) <= {(0.7, 1.0)} and (ended != "finetune" or state["note"] == "pruned: 6")
 
 
 def test_paper_is_appendix_d():
