@@ -17,7 +17,6 @@ medians = []  # in seconds; the first is the yardstick
 
 
 def report(name, work):
-    """The median time of `work`."""
     work()  # to warm up
     timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
     medians.append(timer.blocked_autorange(min_run_time=3).median)  # it waits for a GPU
@@ -25,7 +24,6 @@ def report(name, work):
 
 
 def training_step(net, loss):
-    """A function that does one step of Adam on loss()."""
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], fused=True)
     def step():
         optimizer.zero_grad()

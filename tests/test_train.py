@@ -29,12 +29,10 @@ FLAGS = dict(  # small, but every phase and every term of the loss has its turn
 
 
 def as_argv(settings):
-    """Settings as a command line."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
 def indices(x):
-    """Which images x (B, C, H, W) in [0, 1] are, by their pixels."""
     return [KNOWN[image.numpy().tobytes()] for image in (x * 255).round().byte()]
 
 
@@ -103,7 +101,6 @@ class Spy:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A whole run and what was seen of it."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
@@ -370,6 +367,8 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
     quick = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
                  finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
     rgb = dict(tree_batch_size=128, kl_per_epoch=0.08)
+    monkeypatch.setattr(torch, "ones", lambda n, device: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for gpu, typed, changes in (
             (False, dict(dataset="fashion"), {}), (True, dict(dataset="fashion"), small),
             *[(True, dict(dataset=name), small | dict(diffusion_batch_size=32))
@@ -379,6 +378,7 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
             (False, dict(quick=True, max_leaves=3), shapes | quick | dict(max_leaves=3))):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         assert vars(train.choose_settings(typed)) == tiny | changes | typed
+        assert train.pick_device("auto").type == ("cuda" if gpu else "cpu")
     colour = dict(scale=(0.2, 1), ratio=(3 / 4, 4 / 3), flip=0.5, brightness=0.4, contrast=0.4,
                   saturation=0.4, hue=0.1, jitter=0.8, grey=0.2, gamma=0)        # Appendix A's
     grey = colour | dict(scale=(0.35, 1), brightness=0.5, jitter=1, gamma=0.5)
@@ -435,10 +435,12 @@ def test_views(monkeypatch):
             assert torch.allclose(mine[inside], theirs[inside], atol=1e-4)
 
 
-def test_shapes():
-    images, labels, test_images, _, classes = train.load_data(train.Config(dataset="shapes-rgb"))
-    assert images.shape == (8000, 3, 32, 32) and not images[:2000].equal(test_images)
-    means = [images[labels == k, :, 16, 16].float().mean() for k in range(8)]
+@pytest.mark.parametrize("name, shape", [("shapes", (1, 28, 28)), ("shapes-rgb", (3, 32, 32))])
+def test_shapes(name, shape):
+    images, labels, test_images, test_labels, classes = train.load_data(train.Config(dataset=name))
+    assert images.shape == (8000, *shape) and test_images.shape == (2000, *shape)
+    assert labels[:6].tolist() == [6, 5, 4, 2, 2, 0] and test_labels[:3].tolist() == [3, 4, 6]
+    means = [images[labels == k, :, shape[1] // 2, shape[1] // 2].float().mean() for k in range(8)]
     assert min(means[:4]) > 120 > max(means[4:]) and len(classes) == 8   # filled, outlined
 
 
@@ -450,7 +452,7 @@ def test_shapes():
 def test_folders_of_images(name, path, size, top, left, side, shape, tmp_path, monkeypatch):
     for kind in ("Omniglot", "CelebA"):
         monkeypatch.setattr(train.datasets, kind, lambda root, download: types.SimpleNamespace(
-            root=root, target_folder=root))
+            root=root, target_folder=root) if download else None)
     birds = ["owl" if k % 2 else "emu" for k in range(30)]
     for k, bird in enumerate(birds):
         file = tmp_path / path.format(k=k, bird=bird)
