@@ -61,8 +61,8 @@ def test_networks_and_settings():
         assert {getattr(m, "negative_slope", 0.1) for m in net.modules()} == {0.1}
         return [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
                 for m in net.modules() if hasattr(m, "kernel_size")]
-    assert layers(make_encoder("resnet", (3, 28, 28), 4, 9, 2)) == [
-        (3, 4, 8, 4), *[(4, 4, 3, 1)] * 2, (4, 8, 3, 2), *[(8, 8, 3, 1)] * 2, (8, 9, 2, 2)]
+    assert layers(make_encoder("resnet", (3, 28, 28), 4, 9, 1)) == [
+        (3, 4, 8, 4), *[(4, 4, 3, 1)] * 2, (4, 8, 3, 2), *[(8, 8, 3, 1)] * 2, (8, 9, 4, 4)]
     assert layers(make_decoder("resnet", (3, 32, 32), 4, 9, 1)) == [
         (9, 8, 4, 4), *[(8, 8, 3, 1)] * 2, (8, 4, 3, 2), *[(4, 4, 3, 1)] * 2, (4, 48, 3, 1)]
     tree, small = TreeVAE((1, 28, 28), contrastive=True), make_tree()
@@ -341,7 +341,7 @@ def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
 def test_everything_is_made_on_the_device_of_the_tree():
     x, diffusion = images(3).to("meta"), Diffusion(9).to("meta")  # raises where devices are mixed
     tree = make_tree(TREES[2], contrastive=True).to("meta").train()
-    tree.loss(x, view=x)
+    assert tree.grow(8) and tree.loss(x, view=x)  # a grown node's networks, too
     assert all(tree.decode(path).is_meta for path in (tree.sample_path(3), tree.infer_path(x)))
     def net(xt, t, y):
         return xt * time_features(t, 2)[:, :1, None, None]
