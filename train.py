@@ -112,7 +112,7 @@ SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
 def choose_settings(typed):
     """The Config of a new run: preset, then data set, --quick, typed flags; the later one wins."""
     dataset = typed.get("dataset", "shapes")
-    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")
+    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")  # tiny will do
     preset = typed.get("preset", "small" if on_gpu else "tiny")
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
     settings = PRESETS[preset] | (row.paper if preset == "paper" else row.settings)
@@ -147,7 +147,7 @@ def draw_shapes(n, seed, colour):
     """n drawings and their classes, (n,): (n, 1, 28, 28) or, in colour, (n, 3, 32, 32) uint8."""
     rng, side = np.random.default_rng(seed), 32 if colour else 28
     label = rng.integers(0, 8, (n, 1, 1, 1))  # 0..3 filled, 4..7 outlined
-    def vary(low, high, channels=1):  # a number an image
+    def vary(low, high, channels=1):  # one number per image
         return rng.uniform(low, high, (n, channels, 1, 1))
     y, x = np.mgrid[:side, :side] - (side - 1) / 2  # (side, side), 0 in the middle
     angle, size = vary(-0.15, 0.15), vary(0.94, 1.06)  # (n, 1, 1, 1)
@@ -168,6 +168,11 @@ def draw_shapes(n, seed, colour):
     return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label.ravel())
 
 
+def load_shapes(colour):
+    """The embedded data set."""
+    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
+
+
 def load_arrays(config, kind):
     """One of torchvision's data sets that are arrays."""
     parts = []
@@ -180,7 +185,7 @@ def load_arrays(config, kind):
 
 
 def load_folder(folder, side=None, box=None):
-    """Images, in a folder a class or not; box: a crop. A tenth is for testing."""
+    """Images in a folder for each class, or in one; box: a crop. A tenth is for testing."""
     folder = pathlib.Path(folder)
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
@@ -240,11 +245,9 @@ DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {
 OWN = DataSet(  # small's batch is too large at 64 x 64
     lambda c: load_folder(c.dataset), dict(diffusion_batch_size=32), PAPER_64)
 DATASETS = {
-    "shapes": DataSet(
-        lambda c: Data(*draw_shapes(8000, 0, False), *draw_shapes(2000, 1, False), SHAPES), DRAWN),
+    "shapes": DataSet(lambda c: load_shapes(False), DRAWN),
     "shapes-rgb": DataSet(
-        lambda c: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES),
-        DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08), PAPER_32,
+        lambda c: load_shapes(True), DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08), PAPER_32,
         dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
     "mnist": DataSet(lambda c: load_arrays(c, datasets.MNIST), views=dict(flip=0.0)),
     "fashion": DataSet(lambda c: load_arrays(c, datasets.FashionMNIST)),

@@ -553,7 +553,7 @@ def decision_loss(tree, visits, targets, node=None):
 
 @torch.no_grad()
 def cut_features(tree, batches, view):
-    """Features that form clusters, means over four views: (N, hidden). batches: of (B, C, H, W)."""
+    """Features that form clusters, (N, hidden): means over four views, view(x), of each batch x."""
     head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
     features = []
     for x in batches:
