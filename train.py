@@ -106,7 +106,7 @@ HOW_LONG = dict(tiny="5 minutes (shapes) or 30 (fashion) on two CPU cores",
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
-SAVE_STEPS = 500  # of stage 2 between two checkpoints; stage 1: each epoch
+SAVE_STEPS = 10 * CHUNK  # of stage 2 between two checkpoints; stage 1: each epoch
 
 
 def choose_settings(typed):

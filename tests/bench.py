@@ -17,7 +17,6 @@ medians = []  # in seconds; the first is the yardstick
 
 
 def report(name, work):
-    work()  # to warm up
     timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
     medians.append(timer.blocked_autorange(min_run_time=3).median)  # it waits for a GPU
     print(f"{name:44s}{1e3 * medians[-1]:9.1f} ms{medians[-1] / medians[0]:9.2f} yardsticks")

@@ -204,6 +204,9 @@ def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16(able, dtype, m
         loss = Diffusion().loss(net, torch.zeros(2, 1, 8, 8), y)
         loss.backward()
     assert set(norms) == {(dtype, False)} and loss.dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: able or any(how.values()))
+    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: enabled)
+    assert autocast(torch.device("cuda")) == able
 
 
 @pytest.mark.parametrize("signal", SIGNALS[:-1])

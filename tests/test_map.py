@@ -15,10 +15,8 @@ ROWS = [row.split("|")[1:-1] for row in
 
 def numbers(text):
     """"(9), (12)-(14)" -> {9, 12, 13, 14}."""
-    found = set()
-    for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", text):
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+    return {n for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", text)
+            for n in range(int(first), int(last or first) + 1)}
 
 
 def test_every_equation_is_in_the_map_and_cited_in_the_code():
