@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
@@ -36,7 +35,7 @@ def fail(sentence):
 
 @dataclass
 class Config:
-    """All settings of a run, as in its config.json. Each is a flag; the defaults: preset tiny."""
+    """All settings of a run, as in its config.json. Each is a flag; defaults: tiny, on fashion."""
     dataset: str = "shapes"  # a name in DATASETS, or a folder of images
     preset: str = "tiny"     # or small, the default on a GPU, or paper (Appendix D)
     data_root: str = "data"  # for downloads
@@ -199,7 +198,7 @@ def load_folder(folder, side=None, box=None):
         if side is None:  # the nearest one that TreeVAE takes
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
-    images, labels, n = torch.stack(images), torch.from_numpy(labels), len(files) // 10
+    images, labels, n = torch.stack(images), torch.from_numpy(labels), max(2, len(files) // 10)
     if (images[:, :1] == images[:, 1:]).all():  # grey
         images = images[:, :1].contiguous()
     return Data(images[n:], labels[n:], images[:n], labels[:n],
@@ -307,7 +306,7 @@ def build_denoiser(config, tree):
     unet = UNet(tree.image_shape, config.unet_channels, multipliers, config.unet_blocks,
                 attention, config.dropout, extra)
     path_encoder = PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition)
-    return nn.ModuleDict(dict(unet=unet, path_encoder=path_encoder))
+    return torch.nn.ModuleDict(dict(unet=unet, path_encoder=path_encoder))
 
 
 def conditioned(config, diffusion, networks, tree, path):
@@ -334,7 +333,8 @@ def save_state(folder, state, **changes):
     """Update the state; write checkpoint.pt and log.csv."""
     state.update(changes)
     rows = [["" if row.get(c) is None else str(row[c]) for c in COLUMNS] for row in state["log"]]
-    (folder / "log.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
+    log = "".join(",".join(row) + "\n" for row in [COLUMNS, *rows])
+    replace_file(folder / "log.csv", lambda file: file.write(log.encode()))
     replace_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
@@ -508,7 +508,7 @@ def train_diffusion(config, state, tree, images, folder):
                 loss = diffusion.loss(net, x0, y, of=of)  # eq. (30)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
             optimizer.step()
             update_average(average, networks, step, config.ema_decay)
             total = total + loss.detach()

@@ -278,7 +278,7 @@ class TreeVAE(nn.Module):
     def _descend(self, i, log_reach, logit):
         """log P(i; c) of node i and its router's logit, (B,) each -> {child: its log P}."""
         children = self.children_of(i)
-        if len(children) < 2:  # one was pruned: the other gets all
+        if len(children) < 2:  # a leaf, or one child was pruned
             return {child: log_reach for child in children}
         left, right = children
         return {left: log_reach + F.logsigmoid(logit),  # c_i = 0
@@ -299,7 +299,7 @@ class TreeVAE(nn.Module):
         return self._leaf_probs(logits, len(x))
 
     def walk(self, d, below=None):
-        """One sample of z, of no decision -> [Visit]. below: only the path to it and what is below.
+        """A sample of all z, no decisions -> [Visit]. below: only the path to it and what is below.
         d: `bottom_up_pass`.
         """
         z, visits = {}, []
