@@ -205,7 +205,7 @@ def test_stage_2_learns_on_sampled_paths(ran):
         assert float(row["loss"]) == pytest.approx(sum(losses) / len(losses), rel=2e-3)
 
 
-def test_another_stage_2_on_the_same_tree(ran, tmp_path, monkeypatch):
+def test_another_stage_2_on_the_same_tree(ran, tmp_path, monkeypatch, capsys):
     spy, images = Spy(monkeypatch), []
     monkeypatch.setattr(train, "eps_net", lambda diffusion, unet, image, real=train.eps_net:
                         images.append(image) or real(diffusion, unet, image))
@@ -216,12 +216,12 @@ def test_another_stage_2_on_the_same_tree(ran, tmp_path, monkeypatch):
     (paper / "tree.pt").write_bytes((ran.folder / "tree.pt").read_bytes())
     mine = dict(condition="none", seed=8, diffusion_epochs=1, tree=str(paper), out=str(tmp_path))
     train.main([*as_argv(mine), "--with-reconstruction"])
+    assert capsys.readouterr().out.splitlines()[1].startswith("diffusion 7/7  0 min left")
     found = json.loads((tmp_path / "config.json").read_text())
     assert found == config | mine | dict(with_reconstruction=True)
     with pytest.raises(ZeroDivisionError):                 # a save that fails: the file stays
         train.replace_file(tmp_path / "tree.pt", lambda file: 1 / file.write(b""))
     run = train.load_run(tmp_path, "cpu")
-    assert run.config.latent_channels == 2
     assert run.tree.parents == ran.tree["parents"] and not spy.phases
     networks = torch.load(tmp_path / "diffusion.pt")
     for module, saved in ((run.tree, ran.tree["tree"]), (run.networks, networks)):
