@@ -165,8 +165,7 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
     for phase in ran.phases:
         name, node = phase["phase"], "" if phase["node"] is None else str(phase["node"])
         mine = range(240) if phase["rows"] is None else phase["rows"].tolist()
-        batch = min(16, len(mine))
-        n_seen = len(mine) // batch * batch
+        n_seen = len(mine) // 16 * 16
         seen = [row for step in phase["steps"] for row in step["rows"]]
         orders = [tuple(seen[k:k + n_seen]) for k in range(0, len(seen), n_seen)]
         assert len(set(orders)) == len(orders) == FLAGS[f"{name}_epochs"]
@@ -396,13 +395,14 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
 def test_step_decay_and_augmented_elbo(tmp_path, monkeypatch):
     calls, rates, tree = [], [], nn.Linear(1, 1)
     tree.train_only = calls.append
-    tree.loss = lambda *args: calls.append(args) or (tree.weight.sum(), {})
+    tree.loss = lambda *args: calls.append(args) or (tree.weight.sum(), dict(elbo=torch.tensor(7)))
     monkeypatch.setattr(train, "random_view", lambda config, x: x + 1)
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda adam: rates.append(adam.param_groups[0]["lr"]))
     rgb, argv = DATA.images[:16].expand(-1, 3, -1, -1), ["--preset=paper", "--initial-epochs=101"]
     train.train_phase(*train.begin(argv), tree, rgb, tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
+    assert (tmp_path / "log.csv").read_text().count(",7.0,") == 101        # means of an epoch
     node, (x, _, _, view, _), *_ = calls                   # no contrastive loss; ELBO of a view
     assert node is None and view is None and 1 <= x.min() < x.max() <= 2
 
