@@ -59,7 +59,7 @@ def paths_to_leaves(run, n, nodes=None):
         below = torch.tensor([node in tree.path_to(i) for i in tree.leaves], device=run.device)
         passed = below[sampled]  # (pool,) bool
         score = torch.where(passed, 2.0, (probs * below).sum(1))  # 2 > P_p(node | z)
-        likely = probs.masked_fill(~below, -1).argmax(1)  # the others' leaf
+        likely = probs.masked_fill(~below, -torch.inf).argmax(1)  # the others' leaf
         rows.append(score.argsort(descending=True, stable=True)[:n])
         columns.append(torch.where(passed, sampled, likely)[rows[-1]])
     z = {i: z_i[torch.cat(rows)] for i, z_i in z.items()}

@@ -199,7 +199,7 @@ def load_folder(folder, side=None, box=None):
             side = min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
     images, labels, n = torch.stack(images), torch.from_numpy(labels), max(2, len(files) // 10)
-    if (images[:, :1] == images[:, 1:]).all():  # grey
+    if (images.amin(1) == images.amax(1)).all():  # grey
         images = images[:, :1].contiguous()
     return Data(images[n:], labels[n:], images[:n], labels[:n],
                 classes.tolist() if len(classes) > 1 else [])
