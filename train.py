@@ -346,7 +346,7 @@ def load_file(folder, name):
             return Config(**(json.loads(path.read_text()) | dict(out=str(folder))))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        fail(f"{path} is missing or damaged; an interrupted run goes on by --resume ({error})")
+        fail(f"{path} is missing or damaged; train.py starts a run, --resume ends one ({error})")
 
 
 Run = namedtuple("Run", "folder config device data tree networks diffusion")
