@@ -24,22 +24,23 @@ SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 class PathEncoder(nn.Module):
     """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: pruned ones included.
-    ValueError for a signal not in SIGNALS.
+    joint: beyond the paper, y = sum_i f(z_i, i). ValueError for a signal not in SIGNALS.
     """
-    def __init__(self, latent_shape, n_nodes, emb_dim, signal="path"):
+    def __init__(self, latent_shape, n_nodes, emb_dim, signal="path", joint=False):
         super().__init__()
         if signal not in SIGNALS:
             raise ValueError(f"signal must be one of {', '.join(SIGNALS)}, not {signal!r}")
-        self.signal = signal
-        self.f_z, self.f_id = None, None
+        self.signal, self.joint = signal, joint
+        self.first = nn.ModuleDict()  # first layers of f_z and f_id
         if signal in ("path", "leaf", "leaf-latent"):
-            first = nn.Linear(math.prod(latent_shape), emb_dim)
-            self.f_z = nn.Sequential(first, nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            self.first["z"] = nn.Linear(math.prod(latent_shape), emb_dim)
         if signal in ("path", "leaf", "leaf-index"):
             # Ids are names, so one-hot: node 7 is not more than node 3. A linear layer of a
             # one-hot vector is nn.Embedding. The authors give f_id the number.
-            first = nn.Embedding(n_nodes, emb_dim)
-            self.f_id = nn.Sequential(first, nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+            self.first["id"] = nn.Embedding(n_nodes, emb_dim)
+        self.second = nn.ModuleList()  # and the second; joint: one for both
+        for _ in range(1 if joint else len(self.first)):
+            self.second.append(nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_dim)))
 
     def forward(self, z, nodes):
         """z (B, D, latent_channels, r, r), nodes (B, D) long -> y (B, emb_dim), None for "none"."""
@@ -47,11 +48,11 @@ class PathEncoder(nn.Module):
             return None
         is_leaf = nodes == nodes.amax(1, keepdim=True)  # (B, D): ids rise along a path
         chosen = nodes >= 0 if self.signal == "path" else is_leaf
-        terms = 0.0  # f_z(z_i) + f_id(i), (B, D, emb_dim)
-        if self.f_z:
-            terms = terms + self.f_z(z.flatten(2))
-        if self.f_id:
-            terms = terms + self.f_id(nodes.clamp(min=0))  # -1: masked below
+        inputs = dict(z=z.flatten(2), id=nodes.clamp(min=0))  # -1: masked below
+        hidden = [first(inputs[name]) for name, first in self.first.items()]  # (B, D, emb_dim)
+        if self.joint:  # z_i means something else at each node
+            hidden = [sum(hidden)]
+        terms = sum(second(h) for second, h in zip(self.second, hidden))  # f_z(z_i) + f_id(i)
         return (terms * chosen.unsqueeze(2)).sum(1)  # over i in P_l
 
 
@@ -60,7 +61,7 @@ if __name__ == "__main__":
     nodes = torch.tensor([[0, 1, 4], [0, 2, -1]])  # -1 pads the shorter path
     z = torch.randn(2, 3, 8, 1, 1)
     print(f"Two paths of a tree: nodes {nodes.tolist()}, z {tuple(z.shape)}")
-    for signal in SIGNALS[:-1]:  # not "none": y is None, the U-Net is not conditioned
+    for signal in SIGNALS[:-1]:  # "none": y is None
         encoder = PathEncoder((8, 1, 1), n_nodes=5, emb_dim=64, signal=signal)
         y = encoder(z, nodes)
         changes = []

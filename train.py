@@ -302,10 +302,10 @@ def build_denoiser(config, tree):
     """The networks of stage 2: {"unet", "path_encoder"}."""
     multipliers = [int(m) for m in config.unet_multipliers.split(",")]
     attention = [int(side) for side in config.unet_attention.split(",") if side]
-    extra = tree.image_shape[0] if config.with_reconstruction else 0
     unet = UNet(tree.image_shape, config.unet_channels, multipliers, config.unet_blocks,
-                attention, config.dropout, extra)
-    path_encoder = PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition)
+                attention, config.dropout, tree.image_shape[0] * config.with_reconstruction)
+    path_encoder = PathEncoder(tree.latent_shape, len(tree.parents), unet.emb_dim, config.condition,
+                               joint=config.preset != "paper")
     return torch.nn.ModuleDict(dict(unet=unet, path_encoder=path_encoder))
 
 

@@ -74,8 +74,7 @@ class Conv(nn.Conv2d):
 
 def block(c_in, c_out, kernel=1, stride=1, conv=Conv, **kwargs):
     """Convolution, batch norm, activation. The stride divides the map's side."""
-    # Batch norm centres a router's features, so that a new router sends images both ways. With
-    # group norm the first router soon sent all of Fashion-MNIST one way.
+    # Batch norm centres a router's features, so that a new router sends images both ways
     layer = conv(c_in, c_out, kernel, stride, padding=(kernel - stride + 1) // 2, **kwargs)
     return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True))
 
@@ -399,8 +398,7 @@ class TreeVAE(nn.Module):
         """A lower bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats.
         log 1/K sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l), K = n_samples.
         """
-        # z is sampled, the leaves are summed: the mean inside the log is unbiased. On average the
-        # bound rises with K towards log p(x).
+        # z is sampled, the leaves are summed: the mean inside the log is unbiased
         d = self.bottom_up_pass(x)
         samples = []
         for _ in range(n_samples):
@@ -525,8 +523,7 @@ def nt_xent(a, b, temperature, log_weight):
     l_i = -log( exp(s(a_i, a_i') / tau) / sum_{k != i} w_k exp(s(a_i, a_k) / tau) ), s the cosine
     similarity, i' the other view of i; the mean of w_i l_i. a, b: (K, B, c); log_weight: (K, B).
     """
-    # w_k: image k's P(node; c), 1 for features. The authors have no w_k and divide by sum w_i: deep
-    # routers then sent all their images one way (on Fashion-MNIST three of ten leaves died).
+    # w_k: image k's P(node; c), 1 for features. The authors have no w_k and divide by sum w_i
     views = F.normalize(torch.cat([a, b], 1).float(), dim=2)  # (K, 2B, c)
     K, n, _ = views.shape  # n = 2B
     log_w = log_weight.repeat(1, 2)  # (K, 2B)

@@ -8,7 +8,7 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, ".")  # run it from the project's root
 from diffusion import Diffusion, UNet, eps_net  # noqa: E402
 from path_encoder import PathEncoder  # noqa: E402
-from train import CHUNK, leaf_probs  # noqa: E402
+from train import CHUNK  # noqa: E402
 from treevae import TreeVAE  # noqa: E402
 
 TEN_LEAVES = (-1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 9, 9)
@@ -34,15 +34,12 @@ def training_step(net, loss):
 def bench_tree():
     """Stage 1 at 28 x 28 x 1, batch 256: Appendix D's tree, then that of the preset tiny."""
     x = torch.rand(256, 1, 28, 28, device=device)
-    many = torch.zeros(10000, 1, 28, 28, dtype=torch.uint8, device=device)
     tiny = dict(latent_channels=8, bottom_up_channels=128, representation_dim=1, decoder="mlp")
     for title, settings in (("Appendix D", {}), ("tiny", tiny)):
         for parents in ((-1, 0, 0), TEN_LEAVES):
             tree = TreeVAE((1, 28, 28), parents=parents, **settings).to(device)
             step = training_step(tree, lambda: tree.loss(x)[0])
             report(f"{title}: training step, {len(tree.leaves)} leaves", step)
-        tree.eval()
-        report(f"{title}: P(l; c) of 10,000 images", lambda: leaf_probs(tree, many))
         tree = TreeVAE((1, 28, 28), parents=TEN_LEAVES[:17], **settings).to(device)
         tree.grow(9)
         tree.train_only(9)

@@ -209,15 +209,17 @@ def test_a_step_does_not_wait_for_the_device_and_runs_in_bfloat16(able, dtype, m
     assert autocast(torch.device("cuda")) == able
 
 
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("signal", SIGNALS[:-1])
-def test_y_is_the_sum_over_what_the_signal_names(signal):                # section 3.2
-    encoder, z = PathEncoder((2, 3, 3), 7, 16, signal), torch.randn(3, 3, 2, 3, 3)
+def test_y_is_the_sum_over_what_the_signal_names(signal, joint):         # section 3.2
+    encoder, z = PathEncoder((2, 3, 3), 7, 16, signal, joint), torch.randn(3, 3, 2, 3, 3)
     nodes = torch.tensor([[0, 1, 4], [0, 2, 6], [0, 2, -1]])
     y, by_hand = encoder(z, nodes), torch.zeros(3, 16)
     chosen = nodes >= 0 if signal == "path" else nodes == torch.tensor([[4], [6], [2]])
+    assert set(encoder.first) == {"z", "id"} - {dict(zip(SIGNALS, ["", "", "z", "id"]))[signal]}
     for row, depth in chosen.nonzero().tolist():
-        if signal != "leaf-index":
-            by_hand[row] += encoder.f_z(z[row, depth].flatten())
-        if signal != "leaf-latent":
-            by_hand[row] += encoder.f_id(nodes[row, depth])
+        inputs = dict(z=z[row, depth].flatten(), id=nodes[row, depth])
+        hidden = [first(inputs[name]) for name, first in encoder.first.items()]
+        parts = [sum(hidden)] if joint else hidden                      # f(z_i, i), or f_z and f_id
+        by_hand[row] += sum(f(h) for f, h in zip(encoder.second, parts, strict=True))
     assert torch.allclose(y, by_hand, atol=1e-5) and by_hand.abs().max() > 0.1

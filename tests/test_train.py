@@ -222,6 +222,7 @@ def test_another_stage_2_on_the_same_tree(ran, tmp_path, monkeypatch, capsys):
         train.replace_file(tmp_path / "tree.pt", lambda file: 1 / file.write(b""))
     run = train.load_run(tmp_path, "cpu")
     assert run.tree.parents == ran.tree["parents"] and not spy.phases
+    assert ran.networks["path_encoder"].joint and not run.networks["path_encoder"].joint
     networks = torch.load(tmp_path / "diffusion.pt")
     for module, saved in ((run.tree, ran.tree["tree"]), (run.networks, networks)):
         exactly(module.state_dict(), saved)
