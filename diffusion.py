@@ -143,7 +143,7 @@ class Diffusion(nn.Module):
 def eps_net(diffusion, unet, image=None):
     """eps_psi from a U-Net that predicts v. image: the leaf's reconstruction, or None."""
     # Why v: x0^ = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, so an error in v does not grow in x0^. An
-    # error in eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step: speckle on black
+    # error in eps grows by sqrt((1 - abar_t) / abar_t), 25 at DDIM's first step: speckle
     def net(xt, t, y):
         x = xt if image is None else torch.cat([xt, image], 1)  # as in DiffuseVAE
         return diffusion.eps_from_v(xt, unet(x, t, y), t)  # float32, even if v is bfloat16

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     nodes = torch.tensor([[0, 1, 4], [0, 2, -1]])  # -1 pads the shorter path
     z = torch.randn(2, 3, 8, 1, 1)
     print(f"Two paths of a tree: nodes {nodes.tolist()}, z {tuple(z.shape)}")
-    for signal in SIGNALS[:-1]:  # "none": y is None
+    for signal in SIGNALS[:-1]:
         encoder = PathEncoder((8, 1, 1), n_nodes=5, emb_dim=64, signal=signal)
         y = encoder(z, nodes)
         changes = []
