@@ -6,7 +6,8 @@ path encoder turns the path into one vector,
     y = sum_{i in P_l} [ f_z(z_i) + f_id(i) ]              (section 3.2, unnumbered)
 
 which the U-Net adds to its time embedding. f_z says what the image looks like at each level of
-the tree, f_id which nodes it passes, so which cluster it is in. Both train with the U-Net.
+the tree, f_id which nodes it passes, so which cluster it is in. Both train with the U-Net. Beyond
+the paper, `joint`: they are one, f(z_i, i), as z_i means something else at each node.
 
 In: z (B, D, latent_channels, r, r) and nodes (B, D), the fields of `treevae.Path`: D is the length
 of the longest path, shorter ones are padded with node -1. Out: y (B, emb_dim).
@@ -24,7 +25,7 @@ SIGNALS = ("path", "leaf", "leaf-index", "leaf-latent", "none")
 
 class PathEncoder(nn.Module):
     """y of section 3.2. latent_shape: (latent_channels, r, r); n_nodes: pruned ones included.
-    joint: beyond the paper, y = sum_i f(z_i, i). ValueError for a signal not in SIGNALS.
+    joint: see above. ValueError for a signal not in SIGNALS.
     """
     def __init__(self, latent_shape, n_nodes, emb_dim, signal="path", joint=False):
         super().__init__()
@@ -39,7 +40,7 @@ class PathEncoder(nn.Module):
             # one-hot vector is nn.Embedding. The authors give f_id the number.
             self.first["id"] = nn.Embedding(n_nodes, emb_dim)
         self.second = nn.ModuleList()  # and the second; joint: one for both
-        for _ in range(1 if joint else len(self.first)):
+        for _ in list(self.first)[:1 if joint else 2]:
             self.second.append(nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_dim)))
 
     def forward(self, z, nodes):
@@ -50,7 +51,7 @@ class PathEncoder(nn.Module):
         chosen = nodes >= 0 if self.signal == "path" else is_leaf
         inputs = dict(z=z.flatten(2), id=nodes.clamp(min=0))  # -1: masked below
         hidden = [first(inputs[name]) for name, first in self.first.items()]  # (B, D, emb_dim)
-        if self.joint:  # z_i means something else at each node
+        if self.joint:
             hidden = [sum(hidden)]
         terms = sum(second(h) for second, h in zip(self.second, hidden))  # f_z(z_i) + f_id(i)
         return (terms * chosen.unsqueeze(2)).sum(1)  # over i in P_l

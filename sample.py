@@ -220,8 +220,8 @@ def main(argv=None):
     add = parser.add_argument
     add("run", help="like runs/fashion")
     add("--node", type=int, help="only draw n x n new images below this node or leaf")
-    add("--steps", type=int, default=100, help="of DDIM, 1..T (100)")
-    add("--eta", type=float, default=0.0, help="DDIM's noise, 0..1 (0)")
+    add("--steps", type=int, default=25, help="of DDIM, 1..T (25)")
+    add("--eta", type=float, default=1.0, help="DDIM's noise, 0..1 (1)")
     add("--seed", type=int, default=0)
     add("--n", type=int, default=8, help="images a row, 1..64 (8)")
     flags = parser.parse_args(argv)

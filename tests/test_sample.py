@@ -170,6 +170,6 @@ def test_the_defaults_and_the_seed(run, monkeypatch, capsys):
     for seed in ([], ["--seed=0"], [f"--seed={2**99 + 1}"]):
         sample.main([str(run.folder), "--node=2", *seed])
     (path, *how), (same, *_), (other, *_) = drawn
-    assert how == [100, 0.0] and len(path.z) == 64 and (path.nodes[:, 1] == 2).all()
+    assert how == [25, 1.0] and len(path.z) == 64 and (path.nodes[:, 1] == 2).all()
     assert torch.equal(path.z, same.z) and not torch.equal(path.z, other.z)
     assert grids[0] == (run.folder / "node_2.png", "images", 8)
