@@ -7,10 +7,10 @@ path encoder turns the path into one vector,
 
 which the U-Net adds to its time embedding. f_z says what the image looks like at each level of
 the tree, f_id which nodes it passes, so which cluster it is in. Both train with the U-Net. Beyond
-the paper, `joint`: they are one, f(z_i, i), as z_i means something else at each node.
+the paper, `joint`: one network f(z_i, i), as z_i means something else at each node.
 
-In: z (B, D, latent_channels, r, r) and nodes (B, D), the fields of `treevae.Path`: D is the length
-of the longest path, shorter ones are padded with node -1. Out: y (B, emb_dim).
+In: z (B, D, latent_channels, r, r) and nodes (B, D), the fields of `treevae.Path`: D nodes are on
+the longest path, shorter ones are padded with node -1. Out: y (B, emb_dim).
 """
 
 import math
@@ -39,7 +39,7 @@ class PathEncoder(nn.Module):
             # Ids are names, so one-hot: node 7 is not more than node 3. A linear layer of a
             # one-hot vector is nn.Embedding. The authors give f_id the number.
             self.first["id"] = nn.Embedding(n_nodes, emb_dim)
-        self.second = nn.ModuleList()  # and the second; joint: one for both
+        self.second = nn.ModuleList()  # second layers; joint: one for both
         for _ in list(self.first)[:1 if joint else 2]:
             self.second.append(nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, emb_dim)))
 
@@ -53,7 +53,7 @@ class PathEncoder(nn.Module):
         hidden = [first(inputs[name]) for name, first in self.first.items()]  # (B, D, emb_dim)
         if self.joint:
             hidden = [sum(hidden)]
-        terms = sum(second(h) for second, h in zip(self.second, hidden))  # f_z(z_i) + f_id(i)
+        terms = sum(second(h) for second, h in zip(self.second, hidden))  # of y, by node
         return (terms * chosen.unsqueeze(2)).sum(1)  # over i in P_l
 
 

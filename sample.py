@@ -8,7 +8,7 @@ leaves.png: new images of each leaf, by decoder and by diffusion
 one_root.png: Figure 4, one z_0 and x_T for all leaves
 reconstructions.png: test images, and what both make of their paths
 denoising.png: an image of each leaf as it leaves the noise
-growth.gif: the tree as it grew
+growth.gif: its splits in turn
 curves.png: the losses of both stages
 """
 
@@ -78,7 +78,7 @@ def one_root(run, steps, n=4):
 
 
 def denoising(run, steps, eta):
-    """x_t of an image of each leaf at ten or so of DDIM's times, then the image: (n_leaves,
+    """x_t of an image of each leaf at up to 19 of DDIM's times, then the image: (n_leaves,
     columns, C, H, W) in [0, 1]; and the times, in 1..T."""
     seen = []
     _, images = draw_images(run, paths_to_leaves(run, 1), steps, eta, seen=seen)
@@ -90,7 +90,7 @@ def denoising(run, steps, eta):
 
 
 def count_test_images(run):
-    """Test images by their most probable leaf and class: (n_leaves, n_classes)."""
+    """Test images by most probable leaf and true class: (n_leaves, n_classes)."""
     leaf = train.leaf_probs(run.tree, run.data.test_images.to(run.device)).argmax(1).cpu()
     counts = np.zeros((len(run.tree.leaves), max(1, len(run.data.classes))))
     np.add.at(counts, (leaf, run.data.test_labels), 1)
@@ -142,8 +142,8 @@ def draw_tree(ax, parents, leaves, shares, images, title):
 
 
 def draw_leaf_classes(run, counts, file, steps, eta=0.0):
-    """tree.png, Figure 5: the tree, three new images of each leaf, and the classes of images:
-    counts {what images: (n_leaves, n_classes)}."""
+    """tree.png, or Figure 5: the tree, three new images of each leaf, bars of the classes in
+    counts {title: (n_leaves, n_classes)}."""
     decoded, denoised = draw_images(run, paths_to_leaves(run, 3), steps, eta)
     images = (decoded if denoised is None else denoised).unflatten(0, (-1, 3))
     shares = count_test_images(run).sum(1) / len(run.data.test_images)
@@ -221,7 +221,7 @@ def main(argv=None):
     add("run", help="like runs/fashion")
     add("--node", type=int, help="only draw n x n new images below this node or leaf")
     add("--steps", type=int, default=25, help="of DDIM, 1..T (25)")
-    add("--eta", type=float, default=1.0, help="DDIM's noise, 0..1 (1)")
+    add("--eta", type=float, default=1.0, help="DDIM's noise, 0..1 (1); one_root: 0")
     add("--seed", type=int, default=0)
     add("--n", type=int, default=8, help="images a row, 1..64 (8)")
     flags = parser.parse_args(argv)

@@ -124,7 +124,7 @@ def batch_size_for(images, batch_size):
 
 
 def kl_weight(config, phase, epoch):
-    """The weight of the KL terms of eq. (21): linear in the epoch; the last phase ends at 1."""
+    """The weight of the KL terms of eq. (21): linear in the epoch; the last phase rises to 1."""
     # Small at first: while the decoders cannot draw yet, an informative z costs KL and gains
     # nothing, so q would collapse to the prior (kl_root to 0)
     start = config.kl_start if phase == "initial" else config.kl_start_later
