@@ -1,6 +1,6 @@
 """The diffusion model: noise schedule, DDPM objective, DDPM and DDIM sampling, U-Net.
 
-Stage 2 of TreeDiffusion: section 3.2 and Appendix B of the paper. Forward, an image x_0 becomes
+Stage 2 of TreeDiffusion: section 3.2, Appendix B. Forward, an image x_0 becomes
 Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t (its
 U-Net gives v, from which eps follows: `eps_net`); sampling starts from pure noise and removes a
 little at each step. y, from `path_encoder`, conditions the image on a path of the tree, eq. (6).

@@ -204,9 +204,7 @@ def draw_curves(log, file):
         ax.set(xlabel="epoch of stage 1 (grey: only a split trains)", ylabel="nats an image")
     steps = [int(row["step"]) for row in rows if row["loss"]]
     losses = [float(row["loss"]) for row in rows if row["loss"]]
-    means = [np.mean(losses[max(0, k - 5):k]) for k in range(1, len(losses) + 1)]  # of 5 rows
     right.plot(steps, losses, ".-", label="loss")
-    right.plot(steps, means, lw=2, label="running mean")
     right.set(xlabel="step of stage 2", ylabel="loss a pixel")
     for ax in left, middle, right:
         ax.legend(fontsize=8, loc="center")

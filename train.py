@@ -111,8 +111,8 @@ SAVE_STEPS = 10 * CHUNK  # of stage 2 between two checkpoints; stage 1: each epo
 def choose_settings(typed):
     """The Config of a new run: preset, then data set, --quick, typed flags; the later one wins."""
     dataset = typed.get("dataset", "shapes")
-    on_gpu = torch.cuda.is_available() and not dataset.startswith("shapes")  # tiny will do
-    preset = typed.get("preset", "small" if on_gpu else "tiny")
+    on_gpu = torch.cuda.is_available() and typed.get("device") != "cpu"
+    preset = typed.get("preset", "small" if on_gpu and dataset[:6] != "shapes" else "tiny")
     row, quick = DATASETS.get(dataset, OWN), QUICK if "quick" in typed else {}
     settings = PRESETS[preset] | (row.paper if preset == "paper" else row.settings)
     return Config(**(settings | quick | typed | dict(preset=preset)))
@@ -136,7 +136,7 @@ def kl_weight(config, phase, epoch):
 
 # == Data ==
 
-# images (N, C, H, W) uint8; labels (N,) long, for evaluation only; classes: their names, or []
+# images (N, C, H, W) uint8; labels (N,) long, for evaluation; classes: their names, or []
 Data = namedtuple("Data", "images labels test_images test_labels classes")
 SHAPES = [f"{how} {what}" for how in ("filled", "outlined")
           for what in ("disc", "ellipse", "triangle", "cross")]
@@ -165,11 +165,6 @@ def draw_shapes(n, seed, colour):
         bright, dark = vary(0.5, 1, 3), vary(0, 0.4, 3)
         images = dark + images * (bright - dark)
     return torch.from_numpy((255 * images).astype(np.uint8)), torch.from_numpy(label.ravel())
-
-
-def load_shapes(colour):
-    """The embedded data set."""
-    return Data(*draw_shapes(8000, 0, colour), *draw_shapes(2000, 1, colour), SHAPES)
 
 
 def load_arrays(config, kind):
@@ -244,9 +239,11 @@ DataSet = namedtuple("DataSet", "load settings paper views", defaults=[{}, {}, {
 OWN = DataSet(  # small's batch is too large at 64 x 64
     lambda c: load_folder(c.dataset), dict(diffusion_batch_size=32), PAPER_64)
 DATASETS = {
-    "shapes": DataSet(lambda c: load_shapes(False), DRAWN),
+    "shapes": DataSet(
+        lambda c: Data(*draw_shapes(8000, 0, False), *draw_shapes(2000, 1, False), SHAPES), DRAWN),
     "shapes-rgb": DataSet(
-        lambda c: load_shapes(True), DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08), PAPER_32,
+        lambda c: Data(*draw_shapes(8000, 0, True), *draw_shapes(2000, 1, True), SHAPES),
+        DRAWN | dict(tree_batch_size=128, kl_per_epoch=0.08), PAPER_32,
         dict(scale=(0.6, 1.0), ratio=(0.9, 1.1))),  # a disc stays one
     "mnist": DataSet(lambda c: load_arrays(c, datasets.MNIST), views=dict(flip=0.0)),
     "fashion": DataSet(lambda c: load_arrays(c, datasets.FashionMNIST)),
@@ -543,6 +540,9 @@ def begin(argv):
         if "quick" in typed or "preset" in typed or not config.diffusion_epochs:
             fail("--tree keeps that run's settings: no --preset or --quick; --diffusion-epochs > 0")
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
+    for name, value in asdict(config).items():
+        if isinstance(value, int) and value < name.endswith(("batch_size", "max_depth")):  # 0, 1
+            fail(f"--{name.replace('_', '-')} {value} is too low")
     config.out = config.out or f"runs/{pathlib.Path(config.dataset).name}"
     folder = pathlib.Path(config.out)
     if resume:

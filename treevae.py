@@ -1,5 +1,5 @@
 """TreeVAE: a variational autoencoder whose latent variables form a binary tree.
-Stage 1 of TreeDiffusion: section 3.1 and Appendix A of the paper.
+Stage 1 of TreeDiffusion: section 3.1, Appendix A.
 
 At each internal node i a *router* sends an image x to the left child, c_i = 0, or to the right,
 c_i = 1. P(i; c), the probability that x reaches node i, is the product of q(c_j | x) on the way.

@@ -267,7 +267,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
     for call, *words in (
             ([*new, "--leaves", "3"], "--leaves"), ([*new, "--decoder", "vit"], "vit"),
             ([*new, "--condition", "twig"], "--condition", "leaf-index"),
-            ([*new, "--device", "tpu"], "tpu"), ([*new, "--dataset", "none"], "fashion", "none"),
+            ([*new, "--grow-batch-size", "0"], "batch-size 0"), ([*new, "--device", "tpu"], "tpu"),
+            ([*new, "--dataset", "none"], "fashion", "none"),
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
             ([*new, "--tree", str(ran.folder), "--quick"], "--tree", "--quick"),
@@ -373,7 +374,7 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
             (False, dict(dataset="fashion"), {}), (True, dict(dataset="fashion"), small),
             (True, dict(dataset="a/folder"), small | dict(diffusion_batch_size=32)),
             (True, {}, shapes), (True, dict(dataset="shapes-rgb"), shapes | rgb),
-            (False, dict(quick=True), shapes | quick),
+            (False, dict(quick=True), shapes | quick), (True, dict(dataset="mnist", device="cpu"), {}),
             (False, dict(quick=True, max_leaves=3), shapes | quick | dict(max_leaves=3))):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         assert vars(train.choose_settings(typed)) == tiny | changes | typed
