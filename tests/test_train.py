@@ -401,8 +401,8 @@ def test_step_decay_and_augmented_elbo(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "random_view", lambda config, x: x + 1)
     monkeypatch.setattr(torch.optim.Adam, "step",
                         lambda adam: rates.append(adam.param_groups[0]["lr"]))
-    rgb, argv = DATA.images[:16].expand(-1, 3, -1, -1), ["--preset=paper", "--initial-epochs=101"]
-    train.train_phase(*train.begin(argv), tree, rgb, tmp_path)
+    argv, rgb = ["--preset=paper", "--initial-epochs=101"], DATA.images[:16].expand(-1, 3, -1, -1)
+    train.train_phase(*train.begin([*argv, f"--out={tmp_path}"]), tree, rgb, tmp_path)
     assert rates == pytest.approx(100 * [1e-3] + [1e-4])
     assert (tmp_path / "log.csv").read_text().count(",7.0,") == 101        # means of an epoch
     node, (x, _, _, view, _), *_ = calls                   # no contrastive loss; ELBO of a view
