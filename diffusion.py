@@ -1,9 +1,9 @@
 """The diffusion model: noise schedule, DDPM objective, DDPM and DDIM sampling, U-Net.
 
-Stage 2 of TreeDiffusion: section 3.2, Appendix B. Forward, an image x_0 becomes
-Gaussian noise in T small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t (its
-U-Net gives v, from which eps follows: `eps_net`); sampling starts from pure noise and removes a
-little at each step. y, from `path_encoder`, conditions the image on a path of the tree, eq. (6).
+Stage 2 of TreeDiffusion: section 3.2, Appendix B. Forward, an image x_0 becomes Gaussian noise in T
+small steps. The net eps_psi(x_t, t, y) learns to predict the noise in x_t (its U-Net gives v, from
+which eps follows: `eps_net`); sampling starts from pure noise and removes a little at each step.
+y, from `path_encoder`, conditions the image on a path of the tree, eq. (6).
 
 Images are (B, C, H, W) in [-1, 1], y is (B, emb_dim) or None, t is (B,) long in 0..T-1. The paper
 counts t from 1: abar[t] is its abar_{t+1}, and its abar_0 = 1. Comments write abar_t for abar[t].

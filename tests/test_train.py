@@ -374,7 +374,7 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
             (False, dict(dataset="fashion"), {}), (True, dict(dataset="fashion"), small),
             (True, dict(dataset="a/folder"), small | dict(diffusion_batch_size=32)),
             (True, {}, shapes), (True, dict(dataset="shapes-rgb"), shapes | rgb),
-            (True, dict(dataset="mnist", device="cpu"), {}),
+            (True, dict(dataset="mnist", device="cpu", quick=True), quick),
             (False, dict(quick=True, max_leaves=3), shapes | quick | dict(max_leaves=3))):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         assert vars(train.choose_settings(typed)) == tiny | changes | typed
