@@ -392,6 +392,10 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
+    contrast, cut = config.contrastive, config.cut
+    if target is not None:  # beyond the paper: a split follows its targets, without contrast;
+        # fine-tuning has less of both, so that the ELBO can mend what a split got wrong
+        contrast, cut = (0, cut) if phase == "grow" else (contrast / 10, cut / 3)
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -410,17 +414,13 @@ def train_phase(config, state, tree, images, folder):
                 lr = 1e-3 * 0.1 ** (epoch // 100)
             optimizer.param_groups[0]["lr"] = lr
             x = images[batches[step]].float() / 255  # (B, C, H, W) in [0, 1]
-            if target is None:
-                view = random_view(config, x) if config.contrastive else None
-                if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
-                    x = random_view(config, x)
-                loss, terms = tree.loss(x, weight, node, view, config.contrastive)  # eq. (21)
-            else:  # beyond the paper: the targets of `next_phase`, in place of the contrast
-                visits = tree.walk(tree.bottom_up_pass(x), node)
-                loss, terms = tree.loss(x, weight, node, visits=visits)
+            view = random_view(config, x) if contrast else None
+            if config.preset == "paper" and x.shape[1] == 3:  # the ELBO of another view
+                x = random_view(config, x)
+            loss, terms, visits = tree.loss(x, weight, node, view, contrast)  # eq. (21)
+            if target is not None:
                 terms["cut"] = decision_loss(tree, visits, targets[step], node)
-                # Less in fine-tuning, so that the ELBO can mend what a split got wrong
-                loss = loss + (config.cut if phase == "grow" else config.cut / 3) * terms["cut"]
+                loss = loss + cut * terms["cut"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -428,7 +428,7 @@ def train_phase(config, state, tree, images, folder):
                 sums[name] = sums.get(name, 0) + value.detach()  # no .item(): no waiting
         means = {name: round(value.item() / n_batches, 4) for name, value in sums.items()}
         shares = " ".join(f"{k[2:]}:{mean}" for k, mean in means.items() if k.startswith("P_"))
-        row = dict(node=node, epoch=epoch + 1, kl_weight=weight, leaf_shares=shares, **means)
+        row = dict(node=node, epoch=epoch + 1, kl_weight=round(weight, 4), leaf_shares=shares, **means)
         report(state, f"{phase} {epoch + 1}/{n_epochs}", row, n_seen, began, n_epochs - epoch - 1)
         save_state(folder, state, done=epoch + 1, optimizer=optimizer.state_dict(),
                    tree=tree.state_dict())

@@ -353,14 +353,13 @@ class TreeVAE(nn.Module):
         kl = terms["kl_root"] + terms["kl_nodes"] + terms["kl_decisions"]
         return dict(elbo=terms["reconstruction"] - kl, **terms)
 
-    def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0, visits=None):
-        """The loss, a scalar in nats an image, and {name: scalar} of its parts.
+    def loss(self, x, kl_weight=1.0, below=None, view=None, contrastive_weight=100.0):
+        """The loss, a scalar in nats an image; {name: scalar} of its parts; the `walk` of x.
         Minus eq. (21), its KL terms weighted; given a second view of the images, plus the weighted
-        `contrastive_loss`. below: see `walk`. visits: those of x, if made already; no view then.
+        `contrastive_loss`. below: see `walk`.
         """
-        if visits is None:
-            d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
-            visits = self.walk([h[:len(x)] for h in d], below)  # of x, not of its view
+        d = self.bottom_up_pass(x if view is None else torch.cat([x, view]))
+        visits = self.walk([h[:len(x)] for h in d], below)  # of x, not of its view
         means = {name: term.mean() for name, term in self.elbo(x, visits).items()}
         kl = means["kl_root"] + means["kl_nodes"] + means["kl_decisions"]
         loss = kl_weight * kl - means["reconstruction"]
@@ -370,7 +369,7 @@ class TreeVAE(nn.Module):
         for v in visits:
             if self.nodes[v.node].decoder:
                 means[f"P_{v.node}"] = v.log_reach_q.exp().mean()  # P(l; c)
-        return loss, means
+        return loss, means, visits
 
     def contrastive_loss(self, d, visits, below=None):
         """NT-Xent between images and their views: a scalar. below: this node's router alone.
@@ -601,7 +600,7 @@ if __name__ == "__main__":
         print(f"node {v.node}: z {tuple(v.z.shape)}, KL(q || p) {v.q.kl(v.p).mean():.2f} nats")
     optimizer = torch.optim.Adam(tree.parameters(), lr=1e-2)
     for step in range(61):
-        loss, terms = tree.loss(x)  # eq. (21)
+        loss, terms, visits = tree.loss(x)  # eq. (21)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
