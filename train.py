@@ -428,7 +428,7 @@ def train_phase(config, state, tree, images, folder):
                 sums[name] = sums.get(name, 0) + value.detach()  # no .item(): no waiting
         means = {name: round(value.item() / n_batches, 4) for name, value in sums.items()}
         shares = " ".join(f"{k[2:]}:{mean}" for k, mean in means.items() if k.startswith("P_"))
-        row = dict(node=node, epoch=epoch + 1, kl_weight=round(weight, 4), leaf_shares=shares, **means)
+        row = dict(node=node, epoch=epoch + 1, kl_weight=weight, leaf_shares=shares, **means)
         report(state, f"{phase} {epoch + 1}/{n_epochs}", row, n_seen, began, n_epochs - epoch - 1)
         save_state(folder, state, done=epoch + 1, optimizer=optimizer.state_dict(),
                    tree=tree.state_dict())
