@@ -393,8 +393,7 @@ def train_phase(config, state, tree, images, folder):
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     contrast, cut = config.contrastive, config.cut
-    if target is not None:  # beyond the paper: a split follows its targets, without contrast;
-        # fine-tuning has less of both, so that the ELBO can mend what a split got wrong
+    if target is not None:  # beyond the paper; less in fine-tuning, so that the ELBO mends splits
         contrast, cut = (0, cut) if phase == "grow" else (contrast / 10, cut / 3)
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
@@ -455,8 +454,7 @@ def next_phase(config, state, tree, images):
         rows = has.nonzero().squeeze(1)
         if guided:  # the new router follows the best cut
             batches = (images[some].float() / 255 for some in rows.split(1000))
-            mild = dict(scale=(0.7, 1.0))
-            features = cut_features(tree, batches, lambda x: random_view(config, x, **mild))
+            features = cut_features(tree, batches, lambda x: random_view(config, x, scale=(0.7, 1)))
             left = cut_targets(features)
             state["target"] = torch.stack([left, 1 - left], 1).cpu()
         note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
@@ -537,8 +535,10 @@ def begin(argv):
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:  # stage 2 alone, on the tree and with the settings of a run
         config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
-        if "quick" in typed or "preset" in typed or not config.diffusion_epochs:
-            fail("--tree keeps that run's settings: no --preset or --quick; --diffusion-epochs > 0")
+        names = [f.name for f in fields(Config)]
+        kept = {"dataset", "preset", *names[names.index("quick"):names.index("tree")]}
+        if kept & typed.keys() or not config.diffusion_epochs:
+            fail("--tree keeps that run's data, preset, stage 1, and needs --diffusion-epochs > 0")
         state |= load_file(config.tree, "tree.pt") | dict(phase="diffusion")
     for name, value in asdict(config).items():
         if isinstance(value, int) and value < name.endswith(("batch_size", "max_depth")):  # 0, 1

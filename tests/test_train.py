@@ -126,8 +126,7 @@ def test_every_weight_arrives_in_the_step(ran):
             epoch, done = k * FLAGS[f"{name}_epochs"] // n_steps, k / n_steps
             assert step["kl_weight"] == pytest.approx(min(1, start + rate * epoch))
             assert step["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * done)))
-            assert step["decay"] == 1e-5 and step["fresh"] == (k == 0)
-            assert step["below"] == phase["node"]
+            assert (step["decay"], step["fresh"], step["below"]) == (1e-5, k == 0, phase["node"])
             contrast, cut = dict(grow=(0, 100), finetune=(5, 100 / 3)).get(name, (50, 0))
             assert step["contrast"] == contrast and (step["view"] is None) == (contrast == 0)
             assert float(step["cut"].grad if "cut" in step else 0) == pytest.approx(cut)
@@ -271,8 +270,9 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
             ([*new, "--dataset", "none"], "fashion", "none"),
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
-            ([*new, "--tree", str(ran.folder), "--quick"], "--tree", "--quick"),
-            ([*new, "--tree", str(ran.folder), "--diffusion-epochs", "0"], "--diffusion-epochs"),
+            *(([f"--tree={ran.folder}", *new[-1:], flag], "--tree keeps", "stage 1") for flag in (
+                "--quick", "--preset=tiny", "--dataset=mnist", "--cut=1", "--latent-channels=2")),
+            ([f"--tree={ran.folder}", *new[-1:], "--diffusion-epochs=0"], "--diffusion-epochs"),
             ([*new, "--out", str(ran.folder)], "holds a run", "--resume", "--out"),
             (resume, "checkpoint.pt", "damaged"), ([*resume, "--seed", "9"], "config.json"),
             (lambda: train.load_run(tmp_path), "tree.pt", "missing"),
