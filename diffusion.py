@@ -235,7 +235,7 @@ class UNet(nn.Module):
     """v_psi(x_t, t, y): (B, C + extra, H, W), (B,), (B, emb_dim) or None -> v (B, C, H, W).
     Each multiplier is a scale of `blocks` residual blocks, at half the side each time. Attention
     is in the middle and at the sides in `attention`. extra: channels after those of x_t.
-    ValueError for a side that does not fit.
+    ValueError for a side or channels that do not fit.
     """
     def __init__(self, image_shape, channels=64, multipliers=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.3, extra=0):
@@ -246,6 +246,8 @@ class UNet(nn.Module):
         sides = [(side + pad) // 2**k for k in range(len(multipliers))]  # of feature maps
         if pad % 2 == 1:
             raise ValueError(f"side {side} is odd: it cannot halve")
+        if channels % 2 == 1:
+            raise ValueError(f"{channels} channels are odd: t has cosines and sines")
         if not set(attention) <= set(sides):
             raise ValueError(f"attention at {attention}, but feature maps of side {sides}")
         self.pad = pad // 2

@@ -392,9 +392,9 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast, cut = config.contrastive, config.cut
-    if target is not None:  # beyond the paper; less in fine-tuning, so that the ELBO mends splits
-        contrast, cut = (0, cut) if phase == "grow" else (contrast / 10, cut / 3)
+    contrast = config.contrastive if target is None else 0  # beyond the paper: the target instead
+    # Less in fine-tuning, so that the ELBO can mend what a split got wrong
+    cut = config.cut if phase == "grow" else config.cut / 3
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:

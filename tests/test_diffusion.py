@@ -131,7 +131,7 @@ def test_wrong_settings_are_named():
             ("eta", diffusion.ddim_sample, None, shape, None, 5, 1.5),
             ("variance", diffusion.ddpm_sample, None, shape, None, None, "best"),
             (r"14.*\[32, 16, 8, 4\]", UNet, (1, 28, 28), 8, (1, 2, 2, 2), 2, (14,)),
-            ("odd", UNet, (1, 7, 7), 8, (1, 2), 2, ()),
+            ("side 7", UNet, (1, 7, 7), 8, (1, 2), 2, ()), ("9 channels", UNet, (1, 8, 8), 9),
             ("signal", PathEncoder, (2, 1, 1), 3, 8, "root")):
         with pytest.raises(ValueError, match=word):
             call(*settings)

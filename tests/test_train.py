@@ -127,7 +127,7 @@ def test_every_weight_arrives_in_the_step(ran):
             assert step["kl_weight"] == pytest.approx(min(1, start + rate * epoch))
             assert step["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * done)))
             assert (step["decay"], step["fresh"], step["below"]) == (1e-5, k == 0, phase["node"])
-            contrast, cut = dict(grow=(0, 100), finetune=(5, 100 / 3)).get(name, (50, 0))
+            contrast, cut = dict(grow=(0, 100), finetune=(0, 100 / 3)).get(name, (50, 0))
             assert step["contrast"] == contrast and (step["view"] is None) == (contrast == 0)
             assert float(step["cut"].grad if "cut" in step else 0) == pytest.approx(cut)
 
@@ -155,7 +155,8 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
             assert 0 < phase["target"][:, 0].mean() < 1
             assert (phase["target"].sum(1) == 1).all()
         for name, changed in phase["changed"].items():     # batch statistics, too
-            assert changed == name.startswith(mine), name
+            kept = phase["phase"] == "finetune" and name.startswith("heads.")  # without contrast
+            assert changed == name.startswith(mine) or kept, name
 
 
 def test_each_epoch_sees_each_image_once_and_is_logged(ran):
@@ -171,8 +172,7 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
             assert len(order) == len(set(order)) == n_seen and set(order) <= set(mine)
             row = log.pop(0)
             assert (row["phase"], row["node"], row["epoch"]) == (name, node, str(epoch))
-            terms = dict(grow=["cut"], finetune=["contrastive", "cut"]).get(name, ["contrastive"])
-            assert [term for term in ("contrastive", "cut") if row[term]] == terms
+            assert float(row["cut" if node or name == "finetune" else "contrastive"]) > 0
             shares = dict(part.split(":") for part in row["leaf_shares"].split())
             assert node or set(shares) == {str(leaf) for leaf in phase["leaves"]}
     assert not log
