@@ -535,7 +535,7 @@ def begin(argv):
                  parents=[-1, 0, 0] if config.max_leaves > 1 else [-1])
     if config.tree:  # stage 2 alone, on the tree and with the settings of a run
         config = Config(**(asdict(load_file(config.tree, "config.json")) | dict(out="") | typed))
-        names = [f.name for f in fields(Config)]
+        names = list(asdict(config))
         kept = {"dataset", "preset", *names[names.index("quick"):names.index("tree")]}
         if kept & typed.keys() or not config.diffusion_epochs:
             fail("--tree keeps that run's data, preset, stage 1, and needs --diffusion-epochs > 0")
