@@ -76,11 +76,9 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def ddpm_sample(self, net, shape, y=None, x_T=None, variance="posterior", clip=True):
         """The chain of eqs. (6), (27), from noise x_T (drawn if None).
-        variance: that of eq. (28), "posterior" (beta~_t) or "beta" (beta_t), else ValueError.
+        variance: that of eq. (28), "posterior" (beta~_t) or "beta" (beta_t).
         """
-        if variance not in ("posterior", "beta"):
-            raise ValueError(f"variance must be posterior or beta, not {variance}")
-        sigma2 = self.beta if variance == "beta" else self.beta_tilde
+        sigma2 = dict(posterior=self.beta_tilde, beta=self.beta)[variance]
         x = torch.randn(shape, device=self.beta.device) if x_T is None else x_T
         for step in reversed(range(self.timesteps)):
             t = torch.full((len(x),), step, device=x.device)
@@ -94,18 +92,14 @@ class Diffusion(nn.Module):
             x = mean + sigma2[t].sqrt() * torch.randn_like(x)  # x_{t-1}
 
     def ddim_times(self, steps, spacing="quadratic"):
-        """The t that DDIM visits, increasing. ValueError for wrong arguments.
+        """The t that DDIM visits, increasing. ValueError for steps not in 1..T.
         tau_i, i = 1..S: "linear" i T / S, "quadratic" 0.8 T (i / S)^2 (Song et al., D.2).
         """
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must be in 1..{self.timesteps}, not {steps}")
-        if spacing not in ("linear", "quadratic"):
-            raise ValueError(f"spacing must be linear or quadratic, not {spacing}")
         share = torch.arange(1, steps + 1, dtype=torch.float64) / steps  # i / S
-        tau = self.timesteps * share
-        if spacing == "quadratic":
-            # Denser where the image is nearly clean; starts at 0.8 T, where sqrt(abar) is only 0.04
-            tau = 0.8 * self.timesteps * share**2
+        # Quadratic: denser where the image is nearly clean; from 0.8 T, where sqrt(abar) is 0.04
+        tau = self.timesteps * dict(linear=share, quadratic=0.8 * share**2)[spacing]
         tau = (tau - 1e-6).ceil().long()  # whole numbers; 1e-6: float error
         return (tau.unique() - 1).tolist()  # our t, from 0; small ones may coincide
 

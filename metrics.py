@@ -18,7 +18,6 @@ from treevae import make_encoder
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
-METHODS = {"path": "TreeDiffusion", "none + reconstruction": "TreeVAE + Diffusion"}
 NOT_METHOD = "seed", "out", "device", "data_root", "tree"  # differ within a column
 
 
@@ -251,8 +250,8 @@ def measure(folder, flags):
     config, data, device = run.config, run.data, run.device.type
     n = min(len(data.test_images), flags.images or (200 if config.quick else 10000))
     steps = flags.steps or (15 if device == "cpu" else 100)
-    signal = config.condition + (" + reconstruction" if config.with_reconstruction else "")
-    method = METHODS.get(signal, f"Diffusion ({signal})") if run.networks else "TreeVAE"
+    method = config.condition + (" + reconstruction" if config.with_reconstruction else "")
+    method = method if run.networks else "TreeVAE"
     result = dict(run=folder, method=method, settings=vars(config), images=n, steps=steps)
     result |= clustering_scores(run) | elbo_terms(run, flags.ll_samples, flags.seed)
     if run.networks:

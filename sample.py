@@ -97,11 +97,6 @@ def count_test_images(run):
     return counts
 
 
-def save_figure(figure, file):
-    """Write a PNG."""
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-
-
 def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=TITLES[1:]):
     """A grid of each (n, C, H, W) in images, if not None; rows, heads: labels left and on top."""
     grids = [x for x in images if x is not None]
@@ -117,7 +112,7 @@ def draw_grids(file, images, columns, rows=(), heads=(), stacked=False, titles=T
         ax.set_xticks((side + 1) * (np.arange(len(heads)) + 0.5), heads)
         ax.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
         ax.spines[:].set_visible(False)
-    save_figure(figure, file)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 def draw_tree(ax, parents, leaves, shares, images, title):
@@ -164,7 +159,7 @@ def draw_leaf_classes(run, counts, file, steps, eta=0.0):
         y -= 0.75
     ax.set_ylim(y + 0.2, None)
     ax.figure.set_size_inches(1.4 * np.ptp(ax.get_xlim()), 1.4 * np.ptp(ax.get_ylim()))
-    save_figure(ax.figure, file)
+    ax.figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 def draw_growth(run, file):
@@ -209,7 +204,7 @@ def draw_curves(log, file):
     for ax in left, middle, right:
         ax.legend(fontsize=8, loc="center")
         ax.set_visible(len(ax.lines[0].get_xdata()) > 0)  # one stage alone was trained
-    save_figure(ax.figure, file)
+    ax.figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 def main(argv=None):
@@ -228,7 +223,7 @@ def main(argv=None):
     n, node, steps, eta = flags.n, flags.node, flags.steps, flags.eta
     if not (1 <= n <= 64 and 1 <= steps <= T and 0 <= eta <= 1 and node in (None, *tree.ids)):
         train.fail(f"--n must be in 1..64, --steps in 1..{T}, --eta in 0..1, --node in {tree.ids}")
-    torch.manual_seed(flags.seed % 2**32)  # any number will do
+    torch.manual_seed(flags.seed)
     if node is not None:
         file = folder / f"node_{node}.png"
         draw_grids(file, draw_images(run, paths_to_leaves(run, n * n, [node]), steps, eta), n)

@@ -22,7 +22,7 @@ from torchvision.transforms import functional as TF
 
 from diffusion import Diffusion, UNet, autocast, eps_net, update_average
 from path_encoder import SIGNALS, PathEncoder
-from treevae import Path, TreeVAE, cut_features, cut_targets, decision_loss
+from treevae import Path, TreeVAE, decision_loss, plan_splits
 
 
 def fail(sentence):
@@ -81,8 +81,7 @@ class Config:
 PRESETS = {
     "tiny": {},
     "small": dict(unet_channels=32, diffusion_epochs=36, diffusion_batch_size=128),
-    # Appendix D; where it is silent, the authors' configuration files
-    "paper": dict(
+    "paper": dict(  # Appendix D; where it is silent, the authors' configuration files
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
         grow_batch_size=256, kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0,
@@ -101,7 +100,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="5 minutes (shapes) or 30 (fashion) on two CPU cores",
-                small="10 minutes (fashion) on a consumer GPU", paper="hours on a GPU")
+                small="10 minutes (fashion) on a GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
@@ -393,8 +392,7 @@ def train_phase(config, state, tree, images, folder):
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     contrast = config.contrastive if target is None else 0  # beyond the paper: the target instead
-    # Less in fine-tuning, so that the ELBO can mend what a split got wrong
-    cut = config.cut if phase == "grow" else config.cut / 3
+    cut = config.cut if phase == "grow" else config.cut / 3  # then the ELBO mends what splits did
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -441,30 +439,33 @@ def next_phase(config, state, tree, images):
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
-    if ended == "initial" and guided and len(tree.leaves) == 2:
-        split = 0, torch.ones_like(probs[:, 0]).bool()  # beyond the paper: redo the root's split
+    if ended == "initial" and guided and len(tree.leaves) == 2:  # plan; redo the root's split
+        batches = (some.float() / 255 for some in images.split(1000))
+        shares, merges = plan_splits(
+            tree, batches, lambda x: random_view(config, x, scale=(0.7, 1.0)), config.max_leaves)
+        state |= dict(shares=shares.cpu(), merges=merges, groups={0: max(merges, key=len)})
+        split = 0, torch.ones_like(probs[:, 0]).bool()
     elif ended == "grow" and n_splits and n_splits % 3 == 0 and config.intermediate_epochs:
         return state.update(phase="intermediate")
     elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
-        split = tree.next_split(probs, batch_size_for(images, config.tree_batch_size), hard=guided)
+        least = batch_size_for(images, config.tree_batch_size)
+        split = tree.next_split(probs, least, state.get("groups"))
     if split:
         node, has = split  # its new parts train, on its images
-        if not tree.children_of(node):
-            tree.grow(node)
-        rows = has.nonzero().squeeze(1)
-        if guided:  # the new router follows the best cut
-            batches = (images[some].float() / 255 for some in rows.split(1000))
-            features = cut_features(tree, batches, lambda x: random_view(config, x, scale=(0.7, 1)))
-            left = cut_targets(features)
-            state["target"] = torch.stack([left, 1 - left], 1).cpu()
-        note = f"split into {' and '.join(map(str, tree.children_of(node)))} on {len(rows)} images"
-        return state.update(phase="grow", node=node, rows=rows.cpu(), note=note)
-    pruned, leaf = [], tree.next_prune(probs)  # after growing, and again after fine-tuning
-    while leaf is not None:  # until no leaf has too few images
+        left, right = tree.children_of(node) or tree.grow(node)
+        rows = has.cpu().nonzero().squeeze(1)
+        if guided:  # the new router sends each cluster to its side
+            sides = state["merges"][state["groups"][node]]
+            state["groups"] |= {left: sides[0], right: sides[1]}
+            shares = state["shares"][rows]  # (n_rows, n_clusters)
+            state["target"] = torch.stack([shares[:, list(side)].sum(1) for side in sides], 1)
+        note = f"split into {left} and {right} on {len(rows)} images"
+        return state.update(phase="grow", node=node, rows=rows, note=note)
+    pruned = []  # after growing, and again after fine-tuning
+    while (leaf := tree.next_prune(probs)) is not None:
         tree.prune(leaf)
         pruned.append(str(leaf))
         probs = leaf_probs(tree, images)
-        leaf = tree.next_prune(probs)
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
     if guided and follows == "finetune":  # P(l; c) stays near what it is: the ELBO would blur it
         state["target"] = probs.cpu()
@@ -473,8 +474,8 @@ def next_phase(config, state, tree, images):
 
 def train_diffusion(config, state, tree, images, folder):
     """Stage 2: the tree is frozen; U-Net and path encoder learn to denoise, given the path."""
-    device, batch_size = images.device, min(config.diffusion_batch_size, len(images))
-    of = "eps" if config.preset == "paper" else "v"  # whose error is squared
+    device, paper = images.device, config.preset == "paper"
+    batch_size = min(config.diffusion_batch_size, len(images))
     tree.requires_grad_(False).eval()
     torch.manual_seed(hash((config.seed, state["n_phases"], -1)))
     diffusion = Diffusion().to(device)
@@ -495,12 +496,12 @@ def train_diffusion(config, state, tree, images, folder):
         parts = [part.split(batch_size) for part in (2 * x - 1, *tree.infer_path(x))]
         for step, (x0, z, nodes) in enumerate(zip(*parts), first):  # of one batch; x0 in [-1, 1]
             lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))
-            if config.preset != "paper":
+            if not paper:
                 lr = lr * 0.5 * (1 + math.cos(math.pi * step / n_steps))
             optimizer.param_groups[0]["lr"] = lr
             with autocast(device):
                 net, y = conditioned(config, diffusion, networks, tree, Path(z, nodes))
-                loss = diffusion.loss(net, x0, y, of=of)  # eq. (30)
+                loss = diffusion.loss(net, x0, y, of="eps" if paper else "v")  # eq. (30)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
@@ -524,8 +525,7 @@ def begin(argv):
     choices = dict(preset=PRESETS, condition=SIGNALS)
     for f in fields(Config):
         how = dict(type=f.type, choices=choices.get(f.name), help=f"default: {f.default!r}")
-        if f.type is bool:
-            how = dict(action="store_true")
+        how = dict(action="store_true") if f.type is bool else how
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     typed = vars(parser.parse_args(argv))
     resume = typed.pop("resume", False)

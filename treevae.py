@@ -464,7 +464,7 @@ class TreeVAE(nn.Module):
 
     # -- growing and pruning --
 
-    def next_split(self, probs, min_images, hard=False):
+    def next_split(self, probs, min_images, groups=None):
         """The growth rule. -> (leaf to split, its images: (N,) bool), or None.
         probs: `leaf_probs` of the N training images. A leaf has the images with P(l; c) at least
         min(1 / #leaves, 1/2); the leaf with the most is split, if they are at least min_images.
@@ -472,8 +472,9 @@ class TreeVAE(nn.Module):
         leaves = self.leaves
         has = probs >= min(1 / len(leaves), 0.5)
         sizes = has.sum(0)
-        if hard:  # not in the paper: an image counts once, or leaves that share images split again
-            sizes = torch.bincount(probs.argmax(1))
+        if groups:  # beyond the paper: an image counts once, and a leaf of one cluster stays
+            sizes = torch.bincount(probs.argmax(1), minlength=len(leaves))
+            sizes *= torch.tensor([len(groups[l]) > 1 for l in leaves], device=sizes.device)
         for column in sizes.argsort(descending=True, stable=True).tolist():
             if sizes[column] >= min_images and self.depth(leaves[column]) < self.max_depth:
                 return leaves[column], has[:, column]
@@ -537,7 +538,7 @@ def nt_xent(a, b, temperature, log_weight):
 
 # == Beyond the paper ==
 # With the ELBO alone a new router keeps whatever split it finds first. `next_phase` in train.py
-# has it follow the best cut of features that the contrastive loss made invariant to crops.
+# plans the splits: it clusters features that the contrastive loss made invariant to crops.
 
 def decision_loss(tree, visits, targets, node=None):
     """Cross-entropy of P(l; c) to targets (B, n_leaves); or of node's router, to (B, 2)."""
@@ -548,48 +549,51 @@ def decision_loss(tree, visits, targets, node=None):
 
 
 @torch.no_grad()
-def cut_features(tree, batches, view):
-    """Features that form clusters, (N, hidden): means over four views, view(x), of each batch x."""
+def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
+    """Clusters of the images in batches: shares (N, n_leaves + 2); how to split them: merges,
+    {a group of clusters, a tuple: its two sides}. view(x): another view of a batch.
+    """
     head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
-    features = []
-    for x in batches:
-        of_views = [head(tree.bottom_up_pass(view(x))[-1]) for _ in range(4)]
-        features.append(sum(of_views) / 4)
-    return torch.cat(features)
-
-
-def cut_targets(features, n_points=2000, n_voters=7):
-    """Where to send the images of a leaf: (N, k) features -> (N,) in [0, 1], 1 is left."""
-    # n_points of them are cut; each image follows the n_voters nearest points
+    features = torch.cat([sum(head(tree.bottom_up_pass(view(x))[-1]) for _ in range(4)) / 4
+                          for x in batches])  # (N, hidden): means over four views form clusters
+    # n_points of them are clustered; each image follows the n_voters nearest points
     points = features[torch.randperm(len(features))[:n_points].to(features.device)]
-    left = normalized_cut(points).to(features.device).float()
-    targets = []
+    clusters, merges = spectral_clusters(points.cpu().double(), n_leaves + 2, n_leaves)
+    clusters, shares = clusters.to(features), []
     for some in features.split(5000):  # all at once: too much memory
         near = torch.cdist(some, points).topk(min(n_voters, len(points)), largest=False).indices
-        targets.append(left[near].mean(1))  # the share that goes left
-    return torch.cat(targets)
+        shares.append(clusters[near].mean(1))
+    return torch.cat(shares), merges
 
 
-def normalized_cut(points, neighbours=30, least=0.15):
-    """The best cut of the nearest-neighbour graph (Shi and Malik 2000): (N, k) -> (N,) bool."""
-    points = points.cpu().double()
+def spectral_clusters(points, n_clusters, n_dims):
+    """Spectral clustering (Ng, Jordan, Weiss 2001): (N, k) -> one-hot (N, n_clusters), merges."""
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
-    near = distance.topk(min(neighbours, len(points) - 1), largest=False).indices
+    n_near = min(max(10, 3 * len(points) // 100), len(points) - 1)
+    near = distance.topk(n_near, largest=False).indices
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T  # W, symmetric
     degree = graph.sum(1)  # the diagonal of D
-    # The second smallest eigenvector of the Laplacian I - affinity, divided by sqrt(degree), sorts
-    # the points; only the N - 1 cuts of this order are tried. It is affinity's second largest.
     affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
-    second = torch.linalg.eigh(affinity).eigenvectors[:, -2]  # eigenvalues ascend; O(N^3)
-    order = (second / degree.sqrt()).argsort()
-    graph = graph[order][:, order]
-    volume = degree[order].cumsum(0)  # vol(A), A the first 1, 2, ... points
-    cut = volume - 2 * graph.tril().sum(1).cumsum(0)  # vol(A) less twice the edges inside A
-    cost = (cut / volume + cut / (volume[-1] - volume))[:-1]  # cut / vol(A) + cut / vol(B)
-    low = int(least * len(points))  # each side has more points
-    size = 1 + low + cost[low:len(cost) - low].argmin()
-    return order.argsort() < size  # a point's rank
+    # By its largest eigenvectors, the points of a cluster lie in one direction
+    rows = F.normalize(torch.linalg.eigh(affinity).eigenvectors[:, -n_dims:])
+    # K-means of directions, from 20 times n_clusters random points at once
+    centres = rows[torch.rand(20, len(rows)).argsort(1)[:, :n_clusters]]
+    for _ in range(30):
+        member = F.one_hot((rows @ centres.mT).argmax(2), n_clusters).double()
+        centres = F.normalize(member.mT @ rows, dim=2)  # (20, n_clusters, n_dims)
+    clusters = member[(rows @ centres.mT).amax(2).sum(1).argmax()]  # the best of them
+    # Average linkage: again and again the two groups with the densest edges between them merge
+    groups, merges = [(k,) for k in range(n_clusters)], {}
+    while len(groups) > 1:
+        member = torch.stack([clusters[:, group].sum(1) for group in map(list, groups)], 1)
+        edges = member.T @ graph @ member  # (n_groups, n_groups)
+        volume = edges.sum(1)
+        density = (edges + 1) / (volume[:, None] * volume)  # + 1: without edges, the smallest do
+        i, j = divmod(density.triu(1).argmax().item(), len(groups))  # i < j
+        merges[groups[i] + groups[j]] = groups[i], groups[j]
+        groups[i] += groups.pop(j)
+    return clusters, merges
 
 
 if __name__ == "__main__":
@@ -607,5 +611,3 @@ if __name__ == "__main__":
         if step % 20 == 0:
             print(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in terms.items()))
     print(f"node 2 is split into {tree.grow(2)}: parents {tree.parents}, leaves {tree.leaves}")
-    path = tree.eval().sample_path(3)
-    print(f"three new paths: {path.nodes.tolist()}, images {tuple(tree.decode(path).shape)}")

@@ -225,7 +225,7 @@ def test_images_and_networks_there_are_not(known, tmp_path, monkeypatch, capsys)
     assert not [k for k in found if k.startswith(("FD", "leaf_p", "leaf_e"))] and "elbo" in found
     tree = known.measure(run._replace(networks=None))
     assert [run["method"] for run in (without, found, tree)] == [
-        "Diffusion (path + reconstruction)", "TreeVAE + Diffusion", "TreeVAE"]
+        "path + reconstruction", "none + reconstruction", "TreeVAE"]
     assert "FD_new_images_TreeVAE" in tree and not [k for k in tree if "diffusion" in k]
     for flag in ("--images=1", "--steps=-1", "--ll-samples=-1", "--seed=-1"):
         with pytest.raises(SystemExit, match="2"):

@@ -99,7 +99,7 @@ def test_tree_png_has_the_shares_and_classes_of_the_test_images(run, monkeypatch
     assert counts.tolist() == [[3, 3, 2, 2], [7, 7, 7, 7], [0, 0, 1, 1]]
     unlabelled = run.data._replace(test_labels=torch.zeros(40).long(), classes=[])
     assert sample.count_test_images(run._replace(data=unlabelled)).tolist() == [[10], [28], [2]]
-    figures = calls(sample, "save_figure")
+    figures = calls(sample.Figure, "savefig")
     counts[2] = [0, 0, 1, 3]
     sample.draw_leaf_classes(run, {"": counts}, run.folder / "tree.png", 2)
     ax = figures[0][0][0].axes[0]
@@ -110,7 +110,7 @@ def test_tree_png_has_the_shares_and_classes_of_the_test_images(run, monkeypatch
 
 
 def test_grids_are_laid_out_row_by_row(run, calls):
-    figures = calls(sample, "save_figure")
+    figures = calls(sample.Figure, "savefig")
     images = torch.rand(2, 6, 1, 1, 1).expand(-1, -1, -1, 28, 28)
     sample.draw_grids(run.folder / "a.png", (*images, None), 3, rows="rs", stacked=True)
     first, second = figures[0][0][0].axes                      # and none for None
@@ -126,7 +126,7 @@ def test_the_command_draws_every_picture(run, calls, monkeypatch):
         log.append(f"{phase},,{-k - 1},{-k},{k},{2 * k},{3 * k},,")
     log += ["finetune,,,,,,,,pruned"] + [f"diffusion,{50 * k},,,,,,{k}," for k in range(1, 31)]
     (run.folder / "log.csv").write_text("\n".join(log))
-    figures = calls(sample, "save_figure")
+    figures = calls(sample.Figure, "savefig")
     grids, drawn = calls(sample, "draw_grids"), calls(sample, "draw_images")
     paths, trees = calls(run.tree, "infer_path"), calls(sample, "draw_tree")
     sample.main([str(run.folder), "--n", "3", "--steps", "4", "--eta", "0.1"])
@@ -166,7 +166,7 @@ def test_the_defaults_and_the_seed(run, monkeypatch, capsys):
     drawn, grids = [], []
     monkeypatch.setattr(sample, "draw_images", lambda _, *given: drawn.append(given) or "images")
     monkeypatch.setattr(sample, "draw_grids", lambda *given: grids.append(given))
-    for seed in ([], ["--seed=0"], [f"--seed={2**99 + 1}"]):
+    for seed in ([], ["--seed=0"], ["--seed=7"]):
         sample.main([str(run.folder), "--node=2", *seed])
     (path, *how), (same, *_), (other, *_) = drawn
     assert how == [25, 1.0] and len(path.z) == 64 and (path.nodes[:, 1] == 2).all()

@@ -150,10 +150,12 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
                 places = [phase["rows"].tolist().index(row) for row in step["rows"]]
                 assert torch.equal(step["target"], phase["target"][places])
                 logit = next(v.logit_q for v in step["visits"] if v.node == node)
-                cut = train.F.binary_cross_entropy_with_logits(logit, step["target"][:, 0])
+                log_p = train.F.logsigmoid(torch.stack([logit, -logit], 1))
+                cut = -(step["target"] * log_p).sum(1).mean()
                 torch.testing.assert_close(step["cut"], cut)
             assert 0 < phase["target"][:, 0].mean() < 1
-            assert (phase["target"].sum(1) == 1).all()
+            mine_of = phase["shares"][phase["rows"]][:, list(phase["groups"][node])]
+            torch.testing.assert_close(phase["target"].sum(1), mine_of.sum(1))
         for name, changed in phase["changed"].items():     # batch statistics, too
             kept = phase["phase"] == "finetune" and name.startswith("heads.")  # without contrast
             assert changed == name.startswith(mine) or kept, name
@@ -299,34 +301,42 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
     (FIVE, [996, 1, 1, 1, 1], "grow", dict(max_leaves=5), "finetune", None, 1),
     (FIVE, [200, 200, 200, 395, 5], "finetune", {}, "diffusion", None, 4),
     (TWO, [300, 700], "initial", dict(max_leaves=2, cut=1.0), "grow", 0, 2),
-    (TWO, [300, 700], "grow", dict(max_leaves=3, cut=1.0), "grow", 2, 3),
+    (TWO, [700, 300], "grow", dict(max_leaves=3, cut=1.0), "grow", 2, 3),   # 1 is one cluster
     (TWO, [300, 700], "grow", dict(max_leaves=2, cut=1.0), "finetune", None, 2),
     (TWO, [300, 700], "initial", dict(cut=1.0, contrastive=0.0), "grow", 2, 3)])
 def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkeypatch):
     """`next_phase` of a tree whose leaves are the most probable of `sizes` of 1,000 images."""
     config = train.Config(**dict(latent_channels=2, bottom_up_channels=8, cut=0.0) | settings)
     tree = train.build_tree(config, (1, 28, 28), parents)
-    size_of, views = dict(zip(tree.leaves, sizes)), []
+    size_of = dict(zip(tree.leaves, sizes))
     def leaf_probs(tree, images):     # a pruned leaf's images go to the last one
         share = [size_of.get(leaf, 0) for leaf in tree.leaves]
         share[-1] += 1000 - sum(share)
         return torch.eye(len(share)).repeat_interleave(torch.tensor(share), 0)
+    def plan_splits(tree, batches, view, n_leaves):
+        assert n_leaves == config.max_leaves and not torch.cat([view(x) for x in batches]).any()
+        return plan
+    merges = {(1, 2): ((1,), (2,)), (0, 1, 2): ((0,), (1, 2))}
+    plan = torch.tensor([[0.25, 0.5, 0.2]] * 1000), merges
+    planned = dict(shares=plan[0], merges=merges, groups={0: (0, 1, 2), 1: (0,), 2: (1, 2)})
     monkeypatch.setattr(train, "leaf_probs", leaf_probs)
-    monkeypatch.setattr(train, "random_view", lambda c, x, scale: views.append(scale) or x + 1.5)
-    monkeypatch.setattr(train, "cut_features", lambda tree, batches, view: torch.cat(
-        [view(x)[:, 0, 0, :2] for x in batches]))
-    monkeypatch.setattr(train, "cut_targets", lambda features: features.mean(1) / 6)
+    monkeypatch.setattr(train, "random_view", lambda c, x, scale: x * (scale != (0.7, 1.0)))
+    monkeypatch.setattr(train, "plan_splits", plan_splits)
     state = dict(phase=ended, n_phases=4, done=3, optimizer=1, node=1, rows=1, target=1)
-    train.next_phase(config, state, tree, torch.zeros(1000, 1, 28, 28, dtype=torch.uint8))
+    state |= planned if config.cut and ended != "initial" else {}
+    train.next_phase(config, state, tree, torch.ones(1000, 1, 28, 28, dtype=torch.uint8))
     assert (state["phase"], state["node"], len(tree.leaves)) == (follows, node, n_leaves)
     assert (state["n_phases"], state["done"], state["optimizer"]) == (5, 0, None)
     rows = {0: range(1000), 2: range(1000 - sizes[-1], 1000), 7: range(sizes[0])}.get(node)
     assert state["rows"] is rows is None or state["rows"].tolist() == list(rows)
     target = None
-    if config.cut and config.contrastive:                  # of the cut, or P(l; c)
-        target = leaf_probs(tree, 0).tolist() if node is None else [[0.25, 0.75]] * len(rows)
-    assert state["target"] is target is None or state["target"].tolist() == target
-    assert set(views) <= {(0.7, 1.0)} and (ended != "finetune" or state["note"] == "pruned: 6")
+    if config.cut and config.contrastive:                  # of the plan, or P(l; c)
+        target = leaf_probs(tree, 0)
+        if node is not None:
+            target = torch.tensor([[0.25, 0.7] if node == 0 else [0.5, 0.2]] * len(rows))
+            assert state["groups"] == planned["groups"] | ({3: (1,), 4: (2,)} if node else {})
+    assert state["target"] is target is None or torch.allclose(state["target"], target)
+    assert ended != "finetune" or state["note"] == "pruned: 6"
 
 
 def test_paper_is_appendix_d():

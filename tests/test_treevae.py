@@ -254,8 +254,10 @@ def test_growth_and_pruning_rules_on_hand_made_probabilities():
     assert leaf == 1 and has.tolist() == [True, False]  # at least 1 / 3, or 1 / 2
     assert make_tree((-1,)).next_split(torch.tensor([[0.5], [0.4]]), 1)[1].tolist() == [True, False]
     shared = torch.tensor([[0.55, 0.45, 0.0]] * 4 + [[0.0, 0.6, 0.4]] * 3)
-    assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 5, hard=True) is None
-    assert deeper.next_split(shared, 4, hard=True)[0] == 1  # the most probable leaf of 4
+    groups = {0: (0, 1, 2, 3), 1: (0, 1), 2: (2, 3), 3: (2, 3), 4: (4,)}
+    assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 5, groups) is None
+    assert deeper.next_split(shared, 4, groups)[0] == 1  # the most probable leaf of 4
+    assert deeper.next_split(shared, 1, groups | {1: (0,)})[0] == 3  # 1 is one cluster
     for sizes, share, leaf in (([500, 491, 9], 0.01, 4), ([500, 490, 10], 0.01, None),
                                ([500, 200, 300], 0.3, 3)):
         probs = torch.eye(3).repeat_interleave(torch.tensor(sizes), 0)
@@ -299,45 +301,61 @@ def test_leaves_are_sampled_by_their_probabilities():
     assert_close((hits(path) * probs).mean(0), (probs ** 2).mean(0), rtol=0, atol=0.02)
 
 
-def test_the_best_cut_of_a_graph():
-    radius = torch.where(torch.arange(300) < 60, 1.0, 2.0)  # one ring in another; 60 > 15%
-    rings = torch.polar(radius + 0.1 * torch.randn(300), 2 * math.pi * torch.rand(300))
-    cut = treevae.normalized_cut(torch.view_as_real(rings), 10)
-    assert cut[:60].float().mean() in (0, 1) and (cut[60:] != cut[0]).all()
-    points = torch.cat([torch.randn(7, 2), torch.randn(5, 2) + torch.tensor([2.5, 0.0])])
-    near = torch.cdist(points, points).argsort(1)[:, 1:5]
-    graph = F.one_hot(near, 12).sum(1).float()
+def test_spectral_clusters_and_the_order_in_which_they_merge():
+    ring = torch.arange(300) < 100  # one ring in another
+    points = torch.polar(2 - ring.float() + 0.1 * torch.randn(300), 2 * math.pi * torch.rand(300))
+    found, _ = treevae.spectral_clusters(torch.view_as_real(points).double(), 2, 2)
+    assert torch.equal(found[:, 0] == found[0, 0], ring)
+    places = torch.tensor([0.0, 1, 10, 11, 20, 21, 30, 31]).repeat_interleave(9)
+    points = places.double()[:, None] + 0.1 * torch.randn(72, 1)
+    found, merges = treevae.spectral_clusters(points, 8, 8)
+    assert torch.equal(found @ found.T == 1, places == places[:, None])
+    for k in range(0, 8, 2):  # the pairs merge first
+        pair = found[[9 * k, 9 * k + 9]].argmax(1).tolist()
+        assert tuple(sorted(pair)) in list(merges)[:4]
+    points = torch.randn(60, 2).double()
+    found, merges = treevae.spectral_clusters(points, 6, 4)
+    near = torch.cdist(points, points).argsort(1)[:, 1:11]
+    graph = F.one_hot(near, 60).sum(1).double()
     graph = graph + graph.T
-    def cost(left):
-        left = left.float()
-        volume = (left @ graph).sum()
-        return left @ graph @ (1 - left) * (1 / volume + 1 / (graph.sum() - volume))
-    every = torch.cartesian_prod(*[torch.arange(2)] * 12)  # the best of all cuts, by force
-    best = min(cost(left) for left in every if 2 <= left.sum() <= 10)
-    assert cost(treevae.normalized_cut(points, 4)).item() == pytest.approx(best.item())
-    for line in [(0.0, 3.0), *itertools.permutations([0.0, 1.0, 3.0])]:
-        left = treevae.normalized_cut(torch.tensor(line)[:, None], 1)
-        assert (left == left[line.index(3)]).sum() == 1  # it is alone
+    scale = torch.diag(graph.sum(1) ** -0.5)  # of the Laplacian
+    rows = F.normalize(torch.linalg.eigh(torch.eye(60) - scale @ graph @ scale)[1][:, :4])
+    centres = F.normalize(found.T @ rows)
+    assert torch.equal((rows @ centres.T).argmax(1), found.argmax(1))
+    def density(left, right):
+        left, right = [found[:, list(group)].sum(1) for group in (left, right)]
+        return (left @ graph @ right / (left @ graph).sum() / (right @ graph).sum()).item()
+    groups = [(k,) for k in range(6)]
+    for group, (left, right) in merges.items():
+        best = max(density(*pair) for pair in itertools.combinations(groups, 2))
+        assert density(left, right) == pytest.approx(best) and group == left + right
+        groups = [other for other in groups if other not in (left, right)] + [group]
+    assert sorted(groups[0]) == list(range(6))
+    found, merges = treevae.spectral_clusters(torch.tensor([[0.0], [1.0]]).double(), 4, 2)
+    assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 3  # too few points
 
 
 @torch.no_grad()
-def test_targets_are_the_share_of_the_nearest_voters_that_go_left():
-    tree, x = make_tree(contrastive=True), images(3)
-    views = iter([x[:2] + 0.1 * k for k in range(4)] + [x[2:] + 0.1 * k for k in range(4)])
-    found = treevae.cut_features(tree, [x[:2], x[2:]], lambda batch: next(views))
-    features = [F.leaky_relu(tree.heads[4][1](tree.encoder(x + 0.1 * k).flatten(1)), 0.1)
-                for k in range(4)]
-    assert_close(found, sum(features) / 4)
-    features = seeded(torch.randn, 5003, 2)
+def test_shares_are_those_of_the_nearest_voters(monkeypatch):
+    tree, x = make_tree(contrastive=True), seeded(torch.rand, 5003, 1, 28, 28)
+    points = []
+    def clusters_of(some, *sizes):
+        points.append(some)
+        return F.one_hot(torch.arange(len(some)) % 6, 6).double(), sizes
+    monkeypatch.setattr(treevae, "spectral_clusters", clusters_of)
     for n_points, n_voters in ((4, 7), (30, 5)):
-        targets = seeded(treevae.cut_targets, features, n_points, n_voters)
+        views = iter([part + k for part in x.split(2503) for k in range(4)])
+        shares, sizes = seeded(treevae.plan_splits, tree, x.split(2503), lambda batch: next(views),
+                               4, n_points, n_voters)
+        features = sum(F.leaky_relu(tree.heads[4][1](tree.encoder(x + k).flatten(1)), 0.1)
+                       for k in range(4)) / 4
         torch.manual_seed(5)  # as `seeded`
-        points = features[torch.randperm(5003)[:n_points]]
-        left = treevae.normalized_cut(points)
+        chosen = features[torch.randperm(5003)[:n_points]]
+        assert sizes == (6, 4) and shares.shape == (5003, 6)
+        assert_close(points[-1], chosen.double())
         for row in (0, 1, 2, 3, 4998, 5002):
-            near = (features[row] - points).norm(dim=1).argsort()[:n_voters]
-            assert targets[row].item() == pytest.approx(left[near].float().mean().item())
-    assert len(targets) == 5003 and len(targets.unique()) > 2
+            near = (features[row] - chosen).norm(dim=1).argsort()[:n_voters]
+            assert_close(shares[row], F.one_hot(near % 6, 6).float().mean(0))
 
 
 def test_everything_is_made_on_the_device_of_the_tree():
