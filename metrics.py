@@ -250,7 +250,7 @@ def measure(folder, flags):
     config, data, device = run.config, run.data, run.device.type
     n = min(len(data.test_images), flags.images or (200 if config.quick else 10000))
     steps = flags.steps or (15 if device == "cpu" else 100)
-    method = config.condition + (" + reconstruction" if config.with_reconstruction else "")
+    method = config.condition + " + reconstruction" * config.with_reconstruction
     method = method if run.networks else "TreeVAE"
     result = dict(run=folder, method=method, settings=vars(config), images=n, steps=steps)
     result |= clustering_scores(run) | elbo_terms(run, flags.ll_samples, flags.seed)

@@ -100,7 +100,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="5 minutes (shapes) or 30 (fashion) on two CPU cores",
-                small="10 minutes (fashion) on a GPU", paper="hours on a GPU")
+                small="10 minutes on a GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
@@ -387,12 +387,12 @@ def train_phase(config, state, tree, images, folder):
     phase, node, target = state["phase"], state["node"], state["target"]
     rows, batch_size = torch.arange(len(images)), config.tree_batch_size
     if phase == "grow":
-        rows, batch_size = state["rows"], config.grow_batch_size  # its leaf's images
+        rows, batch_size = state["rows"], config.grow_batch_size
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast = config.contrastive if target is None else 0  # beyond the paper: the target instead
-    cut = config.cut if phase == "grow" else config.cut / 3  # then the ELBO mends what splits did
+    contrast = config.contrastive if target is None else 0  # the target instead
+    cut = config.cut if phase == "grow" else config.cut / 3  # the ELBO mends splits
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -492,7 +492,7 @@ def train_diffusion(config, state, tree, images, folder):
         began, total, last = time.monotonic(), 0.0, min(first + CHUNK, n_steps)
         rows = torch.randint(len(images), ((last - first) * batch_size,), device=device)
         x = images[rows].float() / 255  # of `CHUNK` steps
-        # l ~ P(l; c), eq. (6): the frozen tree's paths for all these steps at once, 4 times as fast
+        # l ~ P(l; c), eq. (6): the frozen tree's paths for all these steps at once: faster
         parts = [part.split(batch_size) for part in (2 * x - 1, *tree.infer_path(x))]
         for step, (x0, z, nodes) in enumerate(zip(*parts), first):  # of one batch; x0 in [-1, 1]
             lr = config.diffusion_lr * min(1, (step + 1) / max(1, config.warmup_steps))

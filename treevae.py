@@ -572,24 +572,27 @@ def spectral_clusters(points, n_clusters, n_dims):
     n_near = min(max(10, 3 * len(points) // 100), len(points) - 1)
     near = distance.topk(n_near, largest=False).indices
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
-    graph = graph + graph.T  # W, symmetric
+    graph = graph + graph.T  # W
     degree = graph.sum(1)  # the diagonal of D
     affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
-    # By its largest eigenvectors, the points of a cluster lie in one direction
+    # In its largest eigenvectors the points of a cluster lie in one direction
     rows = F.normalize(torch.linalg.eigh(affinity).eigenvectors[:, -n_dims:])
-    # K-means of directions, from 20 times n_clusters random points at once
-    centres = rows[torch.rand(20, len(rows)).argsort(1)[:, :n_clusters]]
+    # K-means of directions, from 20 starts at once: points far from each other
+    centres = rows[torch.randint(len(rows), (20, 1))]
+    for _ in range(n_clusters - 1):
+        far = 1 - (rows @ centres.mT).amax(2)  # (20, N)
+        centres = torch.cat([centres, rows[far.clamp(min=1e-9).multinomial(1)]], 1)
     for _ in range(30):
         member = F.one_hot((rows @ centres.mT).argmax(2), n_clusters).double()
-        centres = F.normalize(member.mT @ rows, dim=2)  # (20, n_clusters, n_dims)
+        centres = F.normalize(member.mT @ rows, dim=2)
     clusters = member[(rows @ centres.mT).amax(2).sum(1).argmax()]  # the best of them
-    # Average linkage: again and again the two groups with the densest edges between them merge
+    # Average linkage: the two groups with the densest edges between them merge, until one is left
     groups, merges = [(k,) for k in range(n_clusters)], {}
     while len(groups) > 1:
         member = torch.stack([clusters[:, group].sum(1) for group in map(list, groups)], 1)
         edges = member.T @ graph @ member  # (n_groups, n_groups)
         volume = edges.sum(1)
-        density = (edges + 1) / (volume[:, None] * volume)  # + 1: without edges, the smallest do
+        density = (edges + 1) / (volume[:, None] * volume)  # + 1: without edges, the smallest
         i, j = divmod(density.triu(1).argmax().item(), len(groups))  # i < j
         merges[groups[i] + groups[j]] = groups[i], groups[j]
         groups[i] += groups.pop(j)

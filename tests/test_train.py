@@ -69,7 +69,6 @@ class Spy:
 
     def on_cut(self, real, tree, visits, target, node):
         self.now |= dict(cut=real(tree, visits, target, node), target=target)
-        assert visits is self.now["visits"]
         self.now["cut"].retain_grad()
         return self.now["cut"]
 
@@ -153,7 +152,6 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
                 log_p = train.F.logsigmoid(torch.stack([logit, -logit], 1))
                 cut = -(step["target"] * log_p).sum(1).mean()
                 torch.testing.assert_close(step["cut"], cut)
-            assert 0 < phase["target"][:, 0].mean() < 1
             mine_of = phase["shares"][phase["rows"]][:, list(phase["groups"][node])]
             torch.testing.assert_close(phase["target"].sum(1), mine_of.sum(1))
         for name, changed in phase["changed"].items():     # batch statistics, too
@@ -315,10 +313,10 @@ def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkey
         return torch.eye(len(share)).repeat_interleave(torch.tensor(share), 0)
     def plan_splits(tree, batches, view, n_leaves):
         assert n_leaves == config.max_leaves and not torch.cat([view(x) for x in batches]).any()
-        return plan
+        return planned["shares"], planned["merges"]
     merges = {(1, 2): ((1,), (2,)), (0, 1, 2): ((0,), (1, 2))}
-    plan = torch.tensor([[0.25, 0.5, 0.2]] * 1000), merges
-    planned = dict(shares=plan[0], merges=merges, groups={0: (0, 1, 2), 1: (0,), 2: (1, 2)})
+    planned = dict(shares=torch.tensor([[0.25, 0.5, 0.2]] * 1000), merges=merges,
+                   groups={0: (0, 1, 2), 1: (0,), 2: (1, 2)})
     monkeypatch.setattr(train, "leaf_probs", leaf_probs)
     monkeypatch.setattr(train, "random_view", lambda c, x, scale: x * (scale != (0.7, 1.0)))
     monkeypatch.setattr(train, "plan_splits", plan_splits)

@@ -72,8 +72,7 @@ def test_networks_and_settings():
     tree = make_tree(encoder="resnet", decoder="mlp")
     assert len(layers(tree.encoder)) == 4 and not small.heads  # with a residual block
     assert layers(tree.nodes[2].decoder) == [(2, 8, 1, 1), (8, 8, 1, 1), (8, 256, 1, 1)]
-    f, conv, h = treevae.Residual(2).eval(), treevae.Conv(2, 4, 1), torch.randn(1, 2, 1, 1)
-    assert_close(f(h), h + f.f(h))
+    conv, h = treevae.Conv(2, 4, 1), torch.randn(1, 2, 1, 1)
     assert_close(conv(h), F.conv2d(h, conv.weight, conv.bias))
     for settings, message in ((dict(likelihood="poisson"), "poisson"), (dict(encoder="mlp"), "mlp"),
                               (dict(decoder="vit"), "vit"), (dict(representation_dim=3), "3"),
@@ -141,8 +140,6 @@ def test_log_likelihood_lies_between_the_elbo_and_the_integral_and_rises():
     many = x.expand(10000, -1, -1, -1)
     bounds = [tree.log_likelihood(many[:400], n).mean() for n in (1, 5, 50)]
     assert seeded(tree.elbo, many)["elbo"].mean() < bounds[0] < bounds[1] < bounds[2] < truth + 0.02
-    exact = seeded(tree.log_likelihood, many, 2).logsumexp(0) - math.log(10000)
-    assert_close(exact, truth, rtol=0, atol=0.03)
 
 
 def test_gaussian_likelihood_is_the_density_with_sigma_one_and_its_images_are_clamped():
@@ -186,8 +183,6 @@ def test_loss_is_exactly_its_weighted_parts(below, nodes):
     elbo_loss = -0.7 * parts["reconstruction"] - 0.3 * parts["elbo"]
     assert_close(loss, elbo_loss + 2 * contrast)
     assert_close(seeded(tree.loss, x, 0.3, below)[0], elbo_loss)
-    by_default = seeded(tree.loss, x, below=below, view=view)[0]
-    assert_close(by_default, 100 * contrast - parts["elbo"])
     weights = [tree.nodes[i].router_q.net[-1].weight for i in (0, 1)]
     root, own = torch.autograd.grad(terms["contrastive"], weights, allow_unused=True)
     assert own.any() and (root is None) == (below == 1)  # the weights P(i; c) are detached
@@ -252,7 +247,6 @@ def test_growth_and_pruning_rules_on_hand_made_probabilities():
     assert deeper.next_split(probs, 12)[0] == 3 and tree.next_split(probs, 5) is None
     leaf, has = deeper.next_split(torch.tensor([[0.34, 0.33, 0.33], [0.3, 0.2, 0.5]]), 1)
     assert leaf == 1 and has.tolist() == [True, False]  # at least 1 / 3, or 1 / 2
-    assert make_tree((-1,)).next_split(torch.tensor([[0.5], [0.4]]), 1)[1].tolist() == [True, False]
     shared = torch.tensor([[0.55, 0.45, 0.0]] * 4 + [[0.0, 0.6, 0.4]] * 3)
     groups = {0: (0, 1, 2, 3), 1: (0, 1), 2: (2, 3), 3: (2, 3), 4: (4,)}
     assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 5, groups) is None
@@ -291,7 +285,6 @@ def test_leaves_are_sampled_by_their_probabilities():
     found = hits(seeded(tree.infer_path, x.expand(10000, -1, -1, -1))).mean(0)
     assert_close(found, tree.leaf_probs(x)[0], rtol=0, atol=0.02)  # no argmax
     path, z = seeded(tree.sample_path, 10000), seeded(tree.sample_latents, 10000)
-    assert torch.equal(path.z[:, 0], z[0])
     p = tree.nodes[2].transformation(z[0])
     for noise in (z[0], (z[2] - p.mu) / p.var.sqrt()):  # eqs. (7), (8)
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
@@ -302,57 +295,44 @@ def test_leaves_are_sampled_by_their_probabilities():
 
 
 def test_spectral_clusters_and_the_order_in_which_they_merge():
-    ring = torch.arange(300) < 100  # one ring in another
-    points = torch.polar(2 - ring.float() + 0.1 * torch.randn(300), 2 * math.pi * torch.rand(300))
-    found, _ = treevae.spectral_clusters(torch.view_as_real(points).double(), 2, 2)
-    assert torch.equal(found[:, 0] == found[0, 0], ring)
-    places = torch.tensor([0.0, 1, 10, 11, 20, 21, 30, 31]).repeat_interleave(9)
-    points = places.double()[:, None] + 0.1 * torch.randn(72, 1)
-    found, merges = treevae.spectral_clusters(points, 8, 8)
+    places = torch.tensor([0.0, 1, 10, 11, 20, 21, 30, 31]).double().repeat_interleave(9)
+    found, merges = treevae.spectral_clusters(places[:, None] + torch.randn(72, 1) / 10, 8, 8)
     assert torch.equal(found @ found.T == 1, places == places[:, None])
-    for k in range(0, 8, 2):  # the pairs merge first
-        pair = found[[9 * k, 9 * k + 9]].argmax(1).tolist()
-        assert tuple(sorted(pair)) in list(merges)[:4]
+    pairs = [tuple(sorted(found[[9 * k, 9 * k + 9]].argmax(1).tolist())) for k in (0, 2, 4, 6)]
+    assert set(pairs) == set(list(merges)[:4])  # they merge first; there are no edges between them
+    assert [len(side) for side in merges[max(merges, key=len)]] == [4, 4]
     points = torch.randn(60, 2).double()
     found, merges = treevae.spectral_clusters(points, 6, 4)
-    near = torch.cdist(points, points).argsort(1)[:, 1:11]
-    graph = F.one_hot(near, 60).sum(1).double()
+    graph = F.one_hot(torch.cdist(points, points).argsort(1)[:, 1:11], 60).sum(1).double()
     graph = graph + graph.T
     scale = torch.diag(graph.sum(1) ** -0.5)  # of the Laplacian
     rows = F.normalize(torch.linalg.eigh(torch.eye(60) - scale @ graph @ scale)[1][:, :4])
-    centres = F.normalize(found.T @ rows)
-    assert torch.equal((rows @ centres.T).argmax(1), found.argmax(1))
+    assert torch.equal((rows @ F.normalize(found.T @ rows).T).argmax(1), found.argmax(1))
     def density(left, right):
         left, right = [found[:, list(group)].sum(1) for group in (left, right)]
-        return (left @ graph @ right / (left @ graph).sum() / (right @ graph).sum()).item()
+        return ((left @ graph @ right + 1) / (left @ graph).sum() / (right @ graph).sum()).item()
     groups = [(k,) for k in range(6)]
-    for group, (left, right) in merges.items():
+    for group, sides in merges.items():
         best = max(density(*pair) for pair in itertools.combinations(groups, 2))
-        assert density(left, right) == pytest.approx(best) and group == left + right
-        groups = [other for other in groups if other not in (left, right)] + [group]
-    assert sorted(groups[0]) == list(range(6))
-    found, merges = treevae.spectral_clusters(torch.tensor([[0.0], [1.0]]).double(), 4, 2)
-    assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 3  # too few points
+        assert density(*sides) == pytest.approx(best) and group == sum(sides, ())
+        groups = [other for other in groups if other not in sides] + [group]
+    found, merges = treevae.spectral_clusters(torch.eye(2).double(), 4, 2)  # too few points
+    assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 3
 
 
 @torch.no_grad()
 def test_shares_are_those_of_the_nearest_voters(monkeypatch):
-    tree, x = make_tree(contrastive=True), seeded(torch.rand, 5003, 1, 28, 28)
-    points = []
-    def clusters_of(some, *sizes):
-        points.append(some)
-        return F.one_hot(torch.arange(len(some)) % 6, 6).double(), sizes
-    monkeypatch.setattr(treevae, "spectral_clusters", clusters_of)
+    tree, x = make_tree(contrastive=True), images(5003)
+    monkeypatch.setattr(treevae, "spectral_clusters", lambda points, *sizes: (
+        F.one_hot(torch.arange(len(points)) % 6, 6).double(), (points, sizes)))
+    features = sum(F.leaky_relu(tree.heads[4][1](tree.encoder(x + k).flatten(1)), 0.1)
+                   for k in range(4)) / 4
     for n_points, n_voters in ((4, 7), (30, 5)):
         views = iter([part + k for part in x.split(2503) for k in range(4)])
-        shares, sizes = seeded(treevae.plan_splits, tree, x.split(2503), lambda batch: next(views),
-                               4, n_points, n_voters)
-        features = sum(F.leaky_relu(tree.heads[4][1](tree.encoder(x + k).flatten(1)), 0.1)
-                       for k in range(4)) / 4
-        torch.manual_seed(5)  # as `seeded`
-        chosen = features[torch.randperm(5003)[:n_points]]
-        assert sizes == (6, 4) and shares.shape == (5003, 6)
-        assert_close(points[-1], chosen.double())
+        shares, (points, sizes) = seeded(treevae.plan_splits, tree, x.split(2503),
+                                         lambda batch: next(views), 4, n_points, n_voters)
+        chosen = features[seeded(torch.randperm, 5003)[:n_points]]
+        assert sizes == (6, 4) and torch.allclose(points, chosen.double())
         for row in (0, 1, 2, 3, 4998, 5002):
             near = (features[row] - chosen).norm(dim=1).argsort()[:n_voters]
             assert_close(shares[row], F.one_hot(near % 6, 6).float().mean(0))
