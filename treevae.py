@@ -560,7 +560,7 @@ def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
     points = features[torch.randperm(len(features))[:n_points].to(features.device)]
     clusters, merges = spectral_clusters(points.cpu().double(), n_leaves + 2, n_leaves)
     clusters, shares = clusters.to(features), []
-    for some in features.split(5000):  # all at once: too much memory
+    for some in features.split(5000):
         near = torch.cdist(some, points).topk(min(n_voters, len(points)), largest=False).indices
         shares.append(clusters[near].mean(1))
     return torch.cat(shares), merges
@@ -574,7 +574,7 @@ def spectral_clusters(points, n_clusters, n_dims):
     graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
     graph = graph + graph.T  # W
     degree = graph.sum(1)  # the diagonal of D
-    affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
+    affinity = graph / (degree[:, None] * degree).sqrt()
     # In its largest eigenvectors the points of a cluster lie in one direction
     rows = F.normalize(torch.linalg.eigh(affinity).eigenvectors[:, -n_dims:])
     # K-means of directions, from 20 starts at once: points far from each other
@@ -586,13 +586,15 @@ def spectral_clusters(points, n_clusters, n_dims):
         member = F.one_hot((rows @ centres.mT).argmax(2), n_clusters).double()
         centres = F.normalize(member.mT @ rows, dim=2)
     clusters = member[(rows @ centres.mT).amax(2).sum(1).argmax()]  # the best of them
-    # Average linkage: the two groups with the densest edges between them merge, until one is left
+    # Average linkage: the groups with the densest edges merge, until one is left
     groups, merges = [(k,) for k in range(n_clusters)], {}
     while len(groups) > 1:
         member = torch.stack([clusters[:, group].sum(1) for group in map(list, groups)], 1)
-        edges = member.T @ graph @ member  # (n_groups, n_groups)
+        edges = member.T @ graph @ member
+        means = member.T @ points / member.sum(0)[:, None].clamp(min=1)
+        edges += 1 / (1 + torch.cdist(means, means))  # without edges: near ones
         volume = edges.sum(1)
-        density = (edges + 1) / (volume[:, None] * volume)  # + 1: without edges, the smallest
+        density = edges / (volume[:, None] * volume)
         i, j = divmod(density.triu(1).argmax().item(), len(groups))  # i < j
         merges[groups[i] + groups[j]] = groups[i], groups[j]
         groups[i] += groups.pop(j)
