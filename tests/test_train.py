@@ -113,7 +113,6 @@ def ran(tmp_path_factory):
 
 def test_every_weight_arrives_in_the_step(ran):
     names = [phase["phase"] for phase in ran.phases]
-    # The root's second training, along the cut, is no split: the third split comes after it
     assert names[:6] == ["initial"] + 4 * ["grow"] + ["intermediate"] and names[-1] == "finetune"
     assert [len(phase["leaves"]) for phase in ran.phases[:6]] == [2, 2, 3, 4, 5, 5]
     assert ran.phases[1]["node"] == 0 and len(ran.phases[-1]["leaves"]) <= 5
