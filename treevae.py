@@ -591,10 +591,10 @@ def spectral_clusters(points, n_clusters, n_dims):
     while len(groups) > 1:
         member = torch.stack([clusters[:, group].sum(1) for group in map(list, groups)], 1)
         edges = member.T @ graph @ member
-        means = member.T @ points / member.sum(0)[:, None].clamp(min=1)
-        edges += 1 / (1 + torch.cdist(means, means))  # without edges: near ones
         volume = edges.sum(1)
-        density = edges / (volume[:, None] * volume)
+        means = member.T @ points / member.sum(0)[:, None].clamp(min=1)
+        near = 1 / (1 + torch.cdist(means, means))  # decides if there are no edges
+        density = (edges + near) / (volume[:, None] * volume)
         i, j = divmod(density.triu(1).argmax().item(), len(groups))  # i < j
         merges[groups[i] + groups[j]] = groups[i], groups[j]
         groups[i] += groups.pop(j)

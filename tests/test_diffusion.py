@@ -126,8 +126,7 @@ def test_a_sample_is_a_function_of_x_T_unless_noise_is_added():
 
 def test_wrong_settings_are_named():
     diffusion, shape, times = Diffusion(8), (1, 1, 4, 4), Diffusion(8).ddim_times
-    for word, call, *settings in (
-            ("8", times, 0), ("8", times, 9),
+    for word, call, *settings in (("8", times, 0), ("8", times, 9),
             ("eta", diffusion.ddim_sample, None, shape, None, 5, 1.5),
             (r"14.*\[32, 16, 8, 4\]", UNet, (1, 28, 28), 8, (1, 2, 2, 2), 2, (14,)),
             ("side 7", UNet, (1, 7, 7), 8, (1, 2), 2, ()), ("9 channels", UNet, (1, 8, 8), 9),

@@ -45,6 +45,7 @@ def test_clustering_scores_by_brute_force_and_by_hand():
     entropies = math.log(2) + math.log(3) / 3 + 2 * math.log(1.5) / 3
     assert metrics.normalized_mutual_info(leaf, labels) == approx(2 * information / entropies)
     assert metrics.normalized_mutual_info(np.zeros(6), np.zeros(6)) == 1
+    assert metrics.entropy([[2, 2, 0], [7, 0, 0]]) == approx([math.log(2), 0])
 
 
 def test_frechet_distance_in_closed_form():
@@ -56,6 +57,9 @@ def test_frechet_distance_in_closed_form():
     root = np.sqrt(np.linalg.eigvals(one @ two).real).sum()      # no common axes
     found = metrics.frechet_distance(np.zeros(7), one, np.ones(7), two)
     assert found == approx(7 + np.trace(one) + np.trace(two) - 2 * root)
+    x = 1000 + rng.normal(size=(200, 5)).astype(np.float32)      # moments are in float64
+    for found, exact in zip(metrics.moments(x), (x.mean(0, float), np.cov(x.T, dtype=float))):
+        assert found == approx(exact, rel=1e-9)
 
 
 def test_inception_pools_and_scales_as_the_fid_network(monkeypatch, capsys):
@@ -99,6 +103,7 @@ def test_the_classifier_is_trained_once_for_a_data_set(channels, tmp_path, monke
     assert len(rates) == 40 and max(rates) == pytest.approx(3e-3, rel=0.05) and rates[-1] < 1e-4
     assert (classifier(x).argmax(1) == labels).float().mean() > 0.95 and not classifier.training
     assert classifier[:-1](x).shape == (1025, 128) and views == 20 * (channels - 1) * [run.config]
+    assert (tmp_path / "classifier-my_set-1025.pt").exists()
     monkeypatch.setattr(torch.optim, "AdamW", None)    # a second training would fail
     assert torch.equal(metrics.load_classifier(run)(x), classifier(x))
 

@@ -72,7 +72,8 @@ def test_networks_and_settings():
     tree = make_tree(encoder="resnet", decoder="mlp")
     assert len(layers(tree.encoder)) == 4 and not small.heads  # with a residual block
     assert layers(tree.nodes[2].decoder) == [(2, 8, 1, 1), (8, 8, 1, 1), (8, 256, 1, 1)]
-    conv, h = treevae.Conv(2, 4, 1), torch.randn(1, 2, 1, 1)
+    f, conv, h = treevae.Residual(2).eval(), treevae.Conv(2, 4, 1), torch.randn(1, 2, 1, 1)
+    assert_close(f(h), h + f.f(h))
     assert_close(conv(h), F.conv2d(h, conv.weight, conv.bias))
     for settings, message in ((dict(likelihood="poisson"), "poisson"), (dict(encoder="mlp"), "mlp"),
                               (dict(decoder="vit"), "vit"), (dict(representation_dim=3), "3"),
@@ -140,6 +141,8 @@ def test_log_likelihood_lies_between_the_elbo_and_the_integral_and_rises():
     many = x.expand(10000, -1, -1, -1)
     bounds = [tree.log_likelihood(many[:400], n).mean() for n in (1, 5, 50)]
     assert seeded(tree.elbo, many)["elbo"].mean() < bounds[0] < bounds[1] < bounds[2] < truth + 0.02
+    exact = seeded(tree.log_likelihood, many, 2).logsumexp(0) - math.log(10000)
+    assert_close(exact, truth, rtol=0, atol=0.03)
 
 
 def test_gaussian_likelihood_is_the_density_with_sigma_one_and_its_images_are_clamped():
@@ -183,6 +186,8 @@ def test_loss_is_exactly_its_weighted_parts(below, nodes):
     elbo_loss = -0.7 * parts["reconstruction"] - 0.3 * parts["elbo"]
     assert_close(loss, elbo_loss + 2 * contrast)
     assert_close(seeded(tree.loss, x, 0.3, below)[0], elbo_loss)
+    by_default = seeded(tree.loss, x, below=below, view=view)[0]
+    assert_close(by_default, 100 * contrast - parts["elbo"])
     weights = [tree.nodes[i].router_q.net[-1].weight for i in (0, 1)]
     root, own = torch.autograd.grad(terms["contrastive"], weights, allow_unused=True)
     assert own.any() and (root is None) == (below == 1)  # the weights P(i; c) are detached
@@ -247,6 +252,7 @@ def test_growth_and_pruning_rules_on_hand_made_probabilities():
     assert deeper.next_split(probs, 12)[0] == 3 and tree.next_split(probs, 5) is None
     leaf, has = deeper.next_split(torch.tensor([[0.34, 0.33, 0.33], [0.3, 0.2, 0.5]]), 1)
     assert leaf == 1 and has.tolist() == [True, False]  # at least 1 / 3, or 1 / 2
+    assert make_tree((-1,)).next_split(torch.tensor([[0.5], [0.4]]), 1)[1].tolist() == [True, False]
     shared = torch.tensor([[0.55, 0.45, 0.0]] * 4 + [[0.0, 0.6, 0.4]] * 3)
     groups = {0: (0, 1, 2, 3), 1: (0, 1), 2: (2, 3), 3: (2, 3), 4: (4,)}
     assert deeper.next_split(shared, 1)[0] == 3 and deeper.next_split(shared, 5, groups) is None
@@ -285,6 +291,7 @@ def test_leaves_are_sampled_by_their_probabilities():
     found = hits(seeded(tree.infer_path, x.expand(10000, -1, -1, -1))).mean(0)
     assert_close(found, tree.leaf_probs(x)[0], rtol=0, atol=0.02)  # no argmax
     path, z = seeded(tree.sample_path, 10000), seeded(tree.sample_latents, 10000)
+    assert torch.equal(path.z[:, 0], z[0])
     p = tree.nodes[2].transformation(z[0])
     for noise in (z[0], (z[2] - p.mu) / p.var.sqrt()):  # eqs. (7), (8)
         assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
@@ -311,11 +318,13 @@ def test_spectral_clusters_and_the_order_in_which_they_merge():
     assert torch.equal((rows @ F.normalize(found.T @ rows).T).argmax(1), found.argmax(1))
     def density(left, right):
         left, right = [found[:, list(group)].sum(1) for group in (left, right)]
-        return (left @ graph @ right / (left @ graph).sum() / (right @ graph).sum()).item()
+        middles = [part @ points / part.sum() for part in (left, right)]
+        edges = left @ graph @ right + 1 / (1 + torch.dist(*middles))
+        return (edges / (left @ graph).sum() / (right @ graph).sum()).item()
     groups = [(k,) for k in range(6)]
     for group, sides in merges.items():
         best = max(density(*pair) for pair in itertools.combinations(groups, 2))
-        assert density(*sides) == pytest.approx(best, rel=0.02) and group == sum(sides, ())
+        assert density(*sides) == pytest.approx(best) and group == sum(sides, ())
         groups = [other for other in groups if other not in sides] + [group]
     found, merges = treevae.spectral_clusters(torch.eye(2).double(), 4, 2)  # too few points
     assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 3
