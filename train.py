@@ -95,7 +95,7 @@ PAPER_32 = dict(  # over it, at 32 x 32 x 3
 PAPER_64 = PAPER_32 | dict(  # and at 64 x 64 x 3
     tree_batch_size=128, grow_batch_size=128, unet_multipliers="1,2,2,2,4",
     diffusion_batch_size=32, diffusion_epochs=500)
-DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64,
+DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=16, tree_batch_size=64,
              grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)  # over tiny
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)

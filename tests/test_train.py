@@ -370,7 +370,7 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
         unet_blocks=1, unet_attention="", dropout=0.0, diffusion_epochs=6, diffusion_batch_size=32,
         diffusion_lr=4e-3, warmup_steps=200, ema_decay=0.9999)
     small = dict(preset="small", unet_channels=32, diffusion_epochs=36, diffusion_batch_size=128)
-    shapes = dict(max_leaves=8, initial_epochs=16, finetune_epochs=8, tree_batch_size=64,
+    shapes = dict(max_leaves=8, initial_epochs=16, finetune_epochs=16, tree_batch_size=64,
                   grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)
     quick = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
                  finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
