@@ -36,8 +36,7 @@ class PathEncoder(nn.Module):
         if signal in ("path", "leaf", "leaf-latent"):
             self.first["z"] = nn.Linear(math.prod(latent_shape), emb_dim)
         if signal in ("path", "leaf", "leaf-index"):
-            # Ids are names, so one-hot: node 7 is not more than node 3. A linear layer of a
-            # one-hot vector is nn.Embedding. The authors give f_id the number.
+            # Ids are names, so one-hot. A linear layer of a one-hot vector is nn.Embedding
             self.first["id"] = nn.Embedding(n_nodes, emb_dim)
         self.second = nn.ModuleList()  # second layers; joint: one for both
         for _ in list(self.first)[:1 if joint else 2]:

@@ -370,7 +370,7 @@ def live(text, last=False):
 
 # == Training ==
 # `state` is the checkpoint, made in `begin`. n_phases: phases that ended; done: epochs or steps of
-# this one; node, rows: a split, its images; target: see `next_phase`. Seeds follow from these.
+# this one; node, rows: a split, its images; target: of decisions; groups: {node: its clusters}.
 
 def report(state, title, row, n_images, began, n_left):
     """Add a row to the log; redraw the live line. n_left: rows to come in this phase."""
@@ -391,8 +391,8 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast = config.contrastive if target is None else 0  # the target instead
-    cut = config.cut if phase == "grow" else config.cut / 3  # the ELBO mends splits
+    contrast = config.contrastive if target is None else 0  # or the target
+    cut = config.cut if phase == "grow" else config.cut / 3  # then a looser hold
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -435,18 +435,18 @@ def next_phase(config, state, tree, images):
     """The algorithm of stage 1: what follows the phase that ended. Grows or prunes the tree."""
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
-    guided = config.cut > 0 and config.contrastive > 0  # a cut needs the features of the contrast
+    guided = config.cut > 0 and config.contrastive > 0  # the plan needs features of the contrast
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
-    if ended == "initial" and guided and len(tree.leaves) == 2:  # plan; redo the root's split
+    if ended == "initial" and guided and len(tree.leaves) == 2:  # the root's split, anew
         batches = (some.float() / 255 for some in images.split(1000))
         shares, merges = plan_splits(
             tree, batches, lambda x: random_view(config, x, scale=(0.7, 1.0)), config.max_leaves)
         state |= dict(shares=shares.cpu(), merges=merges, groups={0: max(merges, key=len)})
-        split = 0, torch.ones_like(probs[:, 0]).bool()
+        split = 0, probs[:, 0] >= 0
     elif ended == "grow" and n_splits and n_splits % 3 == 0 and config.intermediate_epochs:
-        return state.update(phase="intermediate")
+        return state.update(phase="intermediate", target=probs.cpu() if guided else None)
     elif ended != "finetune" and len(tree.leaves) < config.max_leaves:
         least = batch_size_for(images, config.tree_batch_size)
         split = tree.next_split(probs, least, state.get("groups"))
@@ -454,7 +454,7 @@ def next_phase(config, state, tree, images):
         node, has = split  # its new parts train, on its images
         left, right = tree.children_of(node) or tree.grow(node)
         rows = has.cpu().nonzero().squeeze(1)
-        if guided:  # the new router sends each cluster to its side
+        if guided:  # its router learns to send clusters to sides
             sides = state["merges"][state["groups"][node]]
             state["groups"] |= {left: sides[0], right: sides[1]}
             shares = state["shares"][rows]  # (n_rows, n_clusters)
@@ -467,7 +467,7 @@ def next_phase(config, state, tree, images):
         pruned.append(str(leaf))
         probs = leaf_probs(tree, images)
     follows = "diffusion" if ended == "finetune" or not config.finetune_epochs else "finetune"
-    if guided and follows == "finetune":  # P(l; c) stays near what it is: the ELBO would blur it
+    if guided and follows == "finetune":  # P(l; c) is held: the ELBO alone would blur it
         state["target"] = probs.cpu()
     return state.update(phase=follows, note=f"pruned: {' '.join(pruned) or 'nothing'}")
 

@@ -394,8 +394,8 @@ class TreeVAE(nn.Module):
 
     @torch.no_grad()
     def log_likelihood(self, x, n_samples=1000):
-        """A lower bound on log p(x), eq. (20), tighter than the ELBO: (B,) nats.
-        log 1/K sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l), K = n_samples.
+        """A lower bound on log p(x), eq. (20), in expectation; above the ELBO: (B,) nats.
+        log sum_k sum_l [p(z^k_P_l) / q(z^k_P_l | x)] P_p(l | z^k) p(x | z^k_l) / K, K = n_samples.
         """
         # z is sampled, the leaves are summed: the mean inside the log is unbiased
         d = self.bottom_up_pass(x)
@@ -541,21 +541,22 @@ def nt_xent(a, b, temperature, log_weight):
 # plans the splits: it clusters features that the contrastive loss made invariant to crops.
 
 def decision_loss(tree, visits, targets, node=None):
-    """Cross-entropy of P(l; c) to targets (B, n_leaves); or of node's router, to (B, 2)."""
+    """Cross-entropy of P(l; c) to targets (B, n_leaves); or of node's router_q, to (B, 2)."""
     log_reach = {v.node: v.log_reach_q for v in visits}
     ends = tree.leaves if node is None else tree.children_of(node)
-    log_p = torch.stack([log_reach[i] for i in ends], 1)  # (B, n), up to log P(node)
-    return F.cross_entropy(log_p, targets)
+    log_p = torch.stack([log_reach[i] for i in ends], 1)  # (B, n); softmax takes out P(node)
+    return F.cross_entropy(log_p, targets)  # a row's sum weights its image
 
 
 @torch.no_grad()
 def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
-    """Clusters of the images in batches: shares (N, n_leaves + 2); how to split them: merges,
-    {a group of clusters, a tuple: its two sides}. view(x): another view of a batch.
+    """Clusters of the images in batches, and how to split them.
+    -> shares (N, n_leaves + 2), of clusters among an image's voters; merges {a group, a tuple of
+    clusters: its two sides}. view(x): another view of a batch.
     """
     head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
     features = torch.cat([sum(head(tree.bottom_up_pass(view(x))[-1]) for _ in range(4)) / 4
-                          for x in batches])  # (N, hidden): means over four views form clusters
+                          for x in batches])  # (N, hidden): a mean of four views
     # n_points of them are clustered; each image follows the n_voters nearest points
     points = features[torch.randperm(len(features))[:n_points].to(features.device)]
     clusters, merges = spectral_clusters(points.cpu().double(), n_leaves + 2, n_leaves)
@@ -567,14 +568,14 @@ def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
 
 
 def spectral_clusters(points, n_clusters, n_dims):
-    """Spectral clustering (Ng, Jordan, Weiss 2001): (N, k) -> one-hot (N, n_clusters), merges."""
+    """After Ng, Jordan, Weiss 2001: (N, k) -> one-hot (N, n_clusters); merges, see above."""
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
     n_near = min(max(10, 3 * len(points) // 100), len(points) - 1)
-    near = distance.topk(n_near, largest=False).indices
-    graph = torch.zeros_like(distance).scatter_(1, near, 1.0)
-    graph = graph + graph.T  # W
+    nearest = distance.topk(n_near, largest=False).indices
+    graph = torch.zeros_like(distance).scatter_(1, nearest, 1.0)
+    graph = graph + graph.T + 1e-6 / (1 + distance)  # W; the last decides where no edges are
     degree = graph.sum(1)  # the diagonal of D
-    affinity = graph / (degree[:, None] * degree).sqrt()
+    affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
     # In its largest eigenvectors the points of a cluster lie in one direction
     rows = F.normalize(torch.linalg.eigh(affinity).eigenvectors[:, -n_dims:])
     # K-means of directions, from 20 starts at once: points far from each other
@@ -585,16 +586,14 @@ def spectral_clusters(points, n_clusters, n_dims):
     for _ in range(30):
         member = F.one_hot((rows @ centres.mT).argmax(2), n_clusters).double()
         centres = F.normalize(member.mT @ rows, dim=2)
-    clusters = member[(rows @ centres.mT).amax(2).sum(1).argmax()]  # the best of them
-    # Average linkage: the groups with the densest edges merge, until one is left
-    groups, merges = [(k,) for k in range(n_clusters)], {}
+    clusters = member[(rows @ centres.mT).amax(2).sum(1).argmax()]  # the best start
+    # Average linkage: the groups with the most edges for their volumes merge, until one is left
+    groups, merges = [(k,) for k in range(n_clusters) if clusters[:, k].any()], {}
     while len(groups) > 1:
         member = torch.stack([clusters[:, group].sum(1) for group in map(list, groups)], 1)
         edges = member.T @ graph @ member
         volume = edges.sum(1)
-        means = member.T @ points / member.sum(0)[:, None].clamp(min=1)
-        near = 1 / (1 + torch.cdist(means, means))  # decides if there are no edges
-        density = (edges + near) / (volume[:, None] * volume)
+        density = edges / (volume[:, None] * volume)
         i, j = divmod(density.triu(1).argmax().item(), len(groups))  # i < j
         merges[groups[i] + groups[j]] = groups[i], groups[j]
         groups[i] += groups.pop(j)
@@ -615,4 +614,4 @@ if __name__ == "__main__":
         optimizer.step()
         if step % 20 == 0:
             print(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in terms.items()))
-    print(f"node 2 is split into {tree.grow(2)}: parents {tree.parents}, leaves {tree.leaves}")
+    print(f"node 2 is split into {tree.grow(2)}: parents {tree.parents}")

@@ -69,6 +69,7 @@ class Spy:
 
     def on_cut(self, real, tree, visits, target, node):
         self.now |= dict(cut=real(tree, visits, target, node), target=target)
+        assert visits is self.now["visits"]
         self.now["cut"].retain_grad()
         return self.now["cut"]
 
@@ -125,7 +126,7 @@ def test_every_weight_arrives_in_the_step(ran):
             assert step["kl_weight"] == pytest.approx(min(1, start + rate * epoch))
             assert step["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * done)))
             assert (step["decay"], step["fresh"], step["below"]) == (1e-5, k == 0, phase["node"])
-            contrast, cut = dict(grow=(0, 100), finetune=(0, 100 / 3)).get(name, (50, 0))
+            contrast, cut = dict(initial=(50, 0), grow=(0, 100)).get(name, (0, 100 / 3))
             assert step["contrast"] == contrast and (step["view"] is None) == (contrast == 0)
             assert float(step["cut"].grad if "cut" in step else 0) == pytest.approx(cut)
 
@@ -133,7 +134,8 @@ def test_every_weight_arrives_in_the_step(ran):
 def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
     for phase in ran.phases:
         node, leaves, mine = phase["node"], phase["leaves"], ""              # all parameters train
-        if phase["phase"] == "finetune":                   # the clusters stay near what they were
+        whole = phase["phase"] in ("intermediate", "finetune")
+        if whole:                                          # the clusters stay near what they were
             torch.testing.assert_close(phase["target"], phase["probs"])
             for step in phase["steps"]:
                 assert torch.equal(step["target"], phase["target"][step["rows"]])
@@ -155,7 +157,7 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
             mine_of = phase["shares"][phase["rows"]][:, list(phase["groups"][node])]
             torch.testing.assert_close(phase["target"].sum(1), mine_of.sum(1))
         for name, changed in phase["changed"].items():     # batch statistics, too
-            kept = phase["phase"] == "finetune" and name.startswith("heads.")  # without contrast
+            kept = whole and name.startswith("heads.")     # without contrast
             assert changed == name.startswith(mine) or kept, name
 
 
@@ -172,7 +174,7 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
             assert len(order) == len(set(order)) == n_seen and set(order) <= set(mine)
             row = log.pop(0)
             assert (row["phase"], row["node"], row["epoch"]) == (name, node, str(epoch))
-            assert float(row["cut" if node or name == "finetune" else "contrastive"]) > 0
+            assert float(row["contrastive" if name == "initial" else "cut"]) > 0
             shares = dict(part.split(":") for part in row["leaf_shares"].split())
             assert node or set(shares) == {str(leaf) for leaf in phase["leaves"]}
     assert not log
@@ -292,6 +294,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
     (FIVE[:5], [300, 300, 400], "grow", dict(intermediate_epochs=2), "grow", 2, 4),
     (FIVE, [200] * 5, "intermediate", dict(intermediate_epochs=2), "grow", 7, 6),
     (FIVE, [200] * 5, "grow", dict(max_leaves=5), "finetune", None, 5),
+    (FIVE[:7], [250] * 4, "grow", dict(max_depth=2), "finetune", None, 4),
     (FIVE, [200] * 5, "grow", dict(tree_batch_size=512), "grow", 7, 6),      # 2^5 of 1,000 images
     (FIVE, [200] * 5, "grow", dict(finetune_epochs=0, max_leaves=5), "diffusion", None, 5),
     (TWO, [990, 10], "initial", dict(max_leaves=2), "finetune", None, 2),

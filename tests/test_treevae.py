@@ -303,31 +303,32 @@ def test_leaves_are_sampled_by_their_probabilities():
 
 def test_spectral_clusters_and_the_order_in_which_they_merge():
     places = torch.tensor([0.0, 1, 10, 11, 30, 31, 40, 41]).double().repeat_interleave(9)
-    found, merges = treevae.spectral_clusters(places[:, None] + torch.randn(72, 1) / 10, 8, 8)
+    points = places[:, None] + torch.randn(72, 1) / 10
+    found, merges = treevae.spectral_clusters(points, 8, 8)
     assert torch.equal(found @ found.T == 1, places == places[:, None])
     pairs = [tuple(sorted(found[[9 * k, 9 * k + 9]].argmax(1).tolist())) for k in (0, 2, 4, 6)]
     assert set(pairs) == set(list(merges)[:4])  # they merge first; there are no edges between them
     left, right = [found[:, list(side)].sum(1) @ places for side in merges[max(merges, key=len)]]
     assert sorted([left, right]) == [9 * 22, 9 * 142]  # then those that are near
+    found, _ = treevae.spectral_clusters(points, 4, 4)  # the parts are more than the clusters
+    assert torch.equal(found @ found.T == 1, (places // 9) == (places // 9)[:, None])
     points = torch.randn(60, 2).double()
     found, merges = treevae.spectral_clusters(points, 6, 4)
     graph = F.one_hot(torch.cdist(points, points).argsort(1)[:, 1:11], 60).sum(1).double()
-    graph = graph + graph.T
+    graph = graph + graph.T + 1e-6 / (1 + torch.cdist(points, points)).fill_diagonal_(math.inf)
     scale = torch.diag(graph.sum(1) ** -0.5)  # of the Laplacian
     rows = F.normalize(torch.linalg.eigh(torch.eye(60) - scale @ graph @ scale)[1][:, :4])
     assert torch.equal((rows @ F.normalize(found.T @ rows).T).argmax(1), found.argmax(1))
     def density(left, right):
         left, right = [found[:, list(group)].sum(1) for group in (left, right)]
-        middles = [part @ points / part.sum() for part in (left, right)]
-        edges = left @ graph @ right + 1 / (1 + torch.dist(*middles))
-        return (edges / (left @ graph).sum() / (right @ graph).sum()).item()
+        return (left @ graph @ right / (left @ graph).sum() / (right @ graph).sum()).item()
     groups = [(k,) for k in range(6)]
     for group, sides in merges.items():
         best = max(density(*pair) for pair in itertools.combinations(groups, 2))
         assert density(*sides) == pytest.approx(best) and group == sum(sides, ())
         groups = [other for other in groups if other not in sides] + [group]
     found, merges = treevae.spectral_clusters(torch.eye(2).double(), 4, 2)  # too few points
-    assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 3
+    assert sorted(found.sum(0).tolist()) == [0, 0, 1, 1] and len(merges) == 1
 
 
 @torch.no_grad()
