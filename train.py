@@ -99,8 +99,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=16, tree_batch_siz
              grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)  # over tiny
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = dict(tiny="5 minutes (shapes) or 30 (fashion) on two CPU cores",
-                small="10 minutes on a GPU", paper="hours on a GPU")
+HOW_LONG = dict(tiny="10 to 40 minutes on a CPU", small="10 on a GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
@@ -182,6 +181,8 @@ def load_folder(folder, side=None, box=None):
     folder = pathlib.Path(folder)
     files = [file for file in sorted(folder.rglob("[!.]*"))
              if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if len(files) < 20:
+        raise ValueError("fewer than 20 images")
     np.random.default_rng(0).shuffle(files)  # not class by class
     names = ["".join(file.relative_to(folder).parent.parts[:1]) for file in files]
     classes, labels = np.unique(names, return_inverse=True)
@@ -189,8 +190,7 @@ def load_folder(folder, side=None, box=None):
     for file in files:
         image = datasets.folder.default_loader(file).crop(box)  # RGB; None: all of it
         image = TF.center_crop(image, min(image.size))
-        if side is None:  # the nearest one that TreeVAE takes
-            side = min((28, 32, 64), key=lambda known: abs(known - image.width))
+        side = side or min((28, 32, 64), key=lambda known: abs(known - image.width))
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
     images, labels, n = torch.stack(images), torch.from_numpy(labels), max(2, len(files) // 10)
     if (images.amin(1) == images.amax(1)).all():  # grey

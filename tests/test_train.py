@@ -269,7 +269,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
             ([*new, "--leaves", "3"], "--leaves"), ([*new, "--decoder", "vit"], "vit"),
             ([*new, "--condition", "twig"], "--condition", "leaf-index"),
             ([*new, "--grow-batch-size", "0"], "batch-size 0"), ([*new, "--device", "tpu"], "tpu"),
-            ([*new, "--dataset", "none"], "fashion", "none"),
+            ([*new, "--dataset", "none"], "fashion", "none", "fewer than 20"),
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
             *(([f"--tree={ran.folder}", *new[-1:], flag], "--tree keeps", "stage 1") for flag in (
