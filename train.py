@@ -391,7 +391,7 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast = config.contrastive if target is None else 0  # or the target
+    contrast = config.contrastive if target is None else 0  # or a target
     cut = config.cut if phase == "grow" else config.cut / 3  # then a looser hold
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
@@ -439,7 +439,7 @@ def next_phase(config, state, tree, images):
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)
-    if ended == "initial" and guided and len(tree.leaves) == 2:  # the root's split, anew
+    if ended == "initial" and guided and len(tree.leaves) == 2:  # plan; the root's split anew
         batches = (some.float() / 255 for some in images.split(1000))
         shares, merges = plan_splits(
             tree, batches, lambda x: random_view(config, x, scale=(0.7, 1.0)), config.max_leaves)

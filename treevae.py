@@ -568,12 +568,14 @@ def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
 
 
 def spectral_clusters(points, n_clusters, n_dims):
-    """After Ng, Jordan, Weiss 2001: (N, k) -> one-hot (N, n_clusters); merges, see above."""
+    """Spectral clustering, after Ng, Jordan, Weiss (2001), in n_dims eigenvectors.
+    points: (N, k) -> one-hot (N, n_clusters); merges, see above.
+    """
     distance = torch.cdist(points, points).fill_diagonal_(math.inf)
     n_near = min(max(10, 3 * len(points) // 100), len(points) - 1)
     nearest = distance.topk(n_near, largest=False).indices
     graph = torch.zeros_like(distance).scatter_(1, nearest, 1.0)
-    graph = graph + graph.T + 1e-6 / (1 + distance)  # W; the last decides where no edges are
+    graph = graph + graph.T + 1e-6 / (1 + distance)  # W; the last: if there are no edges
     degree = graph.sum(1)  # the diagonal of D
     affinity = graph / (degree[:, None] * degree).sqrt()  # D^-1/2 W D^-1/2
     # In its largest eigenvectors the points of a cluster lie in one direction
