@@ -99,7 +99,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=16, tree_batch_siz
              grow_batch_size=64, kl_per_epoch=0.13, diffusion_epochs=8)  # over tiny
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
-HOW_LONG = dict(tiny="10 to 40 minutes on a CPU", small="10 on a GPU", paper="hours on a GPU")
+HOW_LONG = dict(tiny="10 to 60 minutes on a CPU", small="10 on a GPU", paper="hours on a GPU")
 TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
@@ -190,7 +190,7 @@ def load_folder(folder, side=None, box=None):
     for file in files:
         image = datasets.folder.default_loader(file).crop(box)  # RGB; None: all of it
         image = TF.center_crop(image, min(image.size))
-        side = side or min((28, 32, 64), key=lambda known: abs(known - image.width))
+        side = side or min((28, 32, 64), key=lambda known: abs(known - image.width))  # nearest
         images.append(TF.pil_to_tensor(TF.resize(image, [side, side])))
     images, labels, n = torch.stack(images), torch.from_numpy(labels), max(2, len(files) // 10)
     if (images.amin(1) == images.amax(1)).all():  # grey
@@ -391,7 +391,7 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast = config.contrastive if target is None else 0  # or a target
+    contrast = config.contrastive if target is None else 0  # a target instead
     cut = config.cut if phase == "grow" else config.cut / 3  # then a looser hold
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
