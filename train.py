@@ -61,7 +61,7 @@ class Config:
     kl_start_later: float = 0.1    # the same after the initial phase
     kl_per_epoch: float = 0.08     # what each epoch adds, up to 1
     contrastive: float = 100.0     # weight of NT-Xent
-    cut: float = 30.0              # weight of the decisions' targets; a third in fine-tuning
+    plan: float = 30.0             # weight of the decisions' targets; a third in fine-tuning
     # stage 2
     tree: str = ""             # a run: stage 2 alone is trained, on its tree
     condition: str = "path"    # the ablation: leaf, leaf-index, leaf-latent, none
@@ -85,7 +85,7 @@ PRESETS = {
         latent_channels=16, bottom_up_channels=32, representation_dim=4, decoder="cnn", max_depth=7,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
         grow_batch_size=256, kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001, contrastive=0.0,
-        cut=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
+        plan=0.0, unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
         dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256, diffusion_lr=2e-4,
         warmup_steps=5000)}
 PAPER_32 = dict(  # over it, at 32 x 32 x 3
@@ -100,7 +100,7 @@ DRAWN = dict(max_leaves=8, initial_epochs=16, finetune_epochs=16, tree_batch_siz
 QUICK = dict(max_leaves=5, initial_epochs=2, grow_epochs=2, intermediate_epochs=1,
              finetune_epochs=2, unet_channels=16, diffusion_epochs=1, warmup_steps=5)
 HOW_LONG = dict(tiny="10 to 60 minutes on a CPU", small="10 on a GPU", paper="hours on a GPU")
-TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive cut loss".split()
+TERMS = "kl_weight elbo reconstruction kl_root kl_nodes kl_decisions contrastive plan loss".split()
 COLUMNS = ["seconds", "phase", "node", "epoch", "step", *TERMS, "leaf_shares", "note"]  # log.csv
 CHUNK = 50  # steps of stage 2 between two rows of log.csv
 SAVE_STEPS = 10 * CHUNK  # of stage 2 between two checkpoints; stage 1: each epoch
@@ -392,7 +392,7 @@ def train_phase(config, state, tree, images, folder):
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
     contrast = config.contrastive if target is None else 0  # a target instead
-    cut = config.cut if phase == "grow" else config.cut / 3  # then a looser hold
+    plan = config.plan if phase == "grow" else config.plan / 3  # then a looser hold
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:
@@ -416,8 +416,8 @@ def train_phase(config, state, tree, images, folder):
                 x = random_view(config, x)
             loss, terms, visits = tree.loss(x, weight, node, view, contrast)  # eq. (21)
             if target is not None:
-                terms["cut"] = decision_loss(tree, visits, targets[step], node)
-                loss = loss + cut * terms["cut"]
+                terms["plan"] = decision_loss(tree, visits, targets[step], node)
+                loss = loss + plan * terms["plan"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -435,7 +435,7 @@ def next_phase(config, state, tree, images):
     """The algorithm of stage 1: what follows the phase that ended. Grows or prunes the tree."""
     tree.eval()
     ended, n_splits, split = state["phase"], len(tree.parents) // 2 - 1, None
-    guided = config.cut > 0 and config.contrastive > 0  # the plan needs features of the contrast
+    guided = config.plan > 0 and config.contrastive > 0  # the plan needs features of the contrast
     state |= dict(n_phases=state["n_phases"] + 1, done=0, optimizer=None, node=None, rows=None,
                   target=None, note="")
     probs = leaf_probs(tree, images)

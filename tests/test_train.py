@@ -25,7 +25,7 @@ FLAGS = dict(  # small, but every phase and every term of the loss has its turn
     dataset="known", device="cpu", seed=3, latent_channels=2, bottom_up_channels=32, max_depth=4,
     max_leaves=5, initial_epochs=3, grow_epochs=3, intermediate_epochs=2, finetune_epochs=3,
     tree_batch_size=32, grow_batch_size=16, kl_start=0.05, kl_start_later=0.15, kl_per_epoch=0.1,
-    contrastive=50.0, cut=100.0, unet_channels=8, unet_multipliers="1,2", dropout=0.1,
+    contrastive=50.0, plan=100.0, unet_channels=8, unet_multipliers="1,2", dropout=0.1,
     diffusion_epochs=2, diffusion_batch_size=32, diffusion_lr=2e-3, warmup_steps=5, ema_decay=0.5)
 
 
@@ -68,10 +68,10 @@ class Spy:
         return result
 
     def on_cut(self, real, tree, visits, target, node):
-        self.now |= dict(cut=real(tree, visits, target, node), target=target)
+        self.now |= dict(plan=real(tree, visits, target, node), target=target)
         assert visits is self.now["visits"]
-        self.now["cut"].retain_grad()
-        return self.now["cut"]
+        self.now["plan"].retain_grad()
+        return self.now["plan"]
 
     def on_path(self, real, tree, x, leaf=None):
         self.chunk = dict(path=real(tree, x, leaf), rows=indices(x),
@@ -126,9 +126,9 @@ def test_every_weight_arrives_in_the_step(ran):
             assert step["kl_weight"] == pytest.approx(min(1, start + rate * epoch))
             assert step["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * done)))
             assert (step["decay"], step["fresh"], step["below"]) == (1e-5, k == 0, phase["node"])
-            contrast, cut = dict(initial=(50, 0), grow=(0, 100)).get(name, (0, 100 / 3))
+            contrast, plan = dict(initial=(50, 0), grow=(0, 100)).get(name, (0, 100 / 3))
             assert step["contrast"] == contrast and (step["view"] is None) == (contrast == 0)
-            assert float(step["cut"].grad if "cut" in step else 0) == pytest.approx(cut)
+            assert float(step["plan"].grad if "plan" in step else 0) == pytest.approx(plan)
 
 
 def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
@@ -151,8 +151,8 @@ def test_a_split_sees_its_leaf_and_changes_nothing_else(ran):
                 assert torch.equal(step["target"], phase["target"][places])
                 logit = next(v.logit_q for v in step["visits"] if v.node == node)
                 log_p = train.F.logsigmoid(torch.stack([logit, -logit], 1))
-                cut = -(step["target"] * log_p).sum(1).mean()
-                torch.testing.assert_close(step["cut"], cut)
+                plan = -(step["target"] * log_p).sum(1).mean()
+                torch.testing.assert_close(step["plan"], plan)
             assert 0 < phase["target"][:, 0].mean() < 1
             mine_of = phase["shares"][phase["rows"]][:, list(phase["groups"][node])]
             torch.testing.assert_close(phase["target"].sum(1), mine_of.sum(1))
@@ -174,7 +174,7 @@ def test_each_epoch_sees_each_image_once_and_is_logged(ran):
             assert len(order) == len(set(order)) == n_seen and set(order) <= set(mine)
             row = log.pop(0)
             assert (row["phase"], row["node"], row["epoch"]) == (name, node, str(epoch))
-            assert float(row["contrastive" if name == "initial" else "cut"]) > 0
+            assert float(row["contrastive" if name == "initial" else "plan"]) > 0
             shares = dict(part.split(":") for part in row["leaf_shares"].split())
             assert node or set(shares) == {str(leaf) for leaf in phase["leaves"]}
     assert not log
@@ -273,7 +273,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
             ([*new, "--dataset", "mnist"], "mnist", "no route", "--data-root"),
             ([*new, "--tree", str(tmp_path / "no")], "no/config.json"),
             *(([f"--tree={ran.folder}", *new[-1:], flag], "--tree keeps", "stage 1") for flag in (
-                "--quick", "--preset=tiny", "--dataset=mnist", "--cut=1", "--latent-channels=2")),
+                "--quick", "--preset=tiny", "--dataset=mnist", "--plan=1", "--latent-channels=2")),
             ([f"--tree={ran.folder}", *new[-1:], "--diffusion-epochs=0"], "--diffusion-epochs"),
             ([*new, "--out", str(ran.folder)], "holds a run", "--resume", "--out"),
             (resume, "checkpoint.pt", "damaged"), ([*resume, "--seed", "9"], "config.json"),
@@ -300,13 +300,13 @@ def test_mistakes_are_one_sentence_and_exit_code_2(ran, tmp_path, capsys, monkey
     (TWO, [990, 10], "initial", dict(max_leaves=2), "finetune", None, 2),
     (FIVE, [996, 1, 1, 1, 1], "grow", dict(max_leaves=5), "finetune", None, 1),
     (FIVE, [200, 200, 200, 395, 5], "finetune", {}, "diffusion", None, 4),
-    (TWO, [300, 700], "initial", dict(max_leaves=2, cut=1.0), "grow", 0, 2),
-    (TWO, [700, 300], "grow", dict(max_leaves=3, cut=1.0), "grow", 2, 3),   # 1 is one cluster
-    (TWO, [300, 700], "grow", dict(max_leaves=2, cut=1.0), "finetune", None, 2),
-    (TWO, [300, 700], "initial", dict(cut=1.0, contrastive=0.0), "grow", 2, 3)])
+    (TWO, [300, 700], "initial", dict(max_leaves=2, plan=1.0), "grow", 0, 2),
+    (TWO, [700, 300], "grow", dict(max_leaves=3, plan=1.0), "grow", 2, 3),   # 1 is one cluster
+    (TWO, [300, 700], "grow", dict(max_leaves=2, plan=1.0), "finetune", None, 2),
+    (TWO, [300, 700], "initial", dict(plan=1.0, contrastive=0.0), "grow", 2, 3)])
 def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkeypatch):
     """`next_phase` of a tree whose leaves are the most probable of `sizes` of 1,000 images."""
-    config = train.Config(**dict(latent_channels=2, bottom_up_channels=8, cut=0.0) | settings)
+    config = train.Config(**dict(latent_channels=2, bottom_up_channels=8, plan=0.0) | settings)
     tree = train.build_tree(config, (1, 28, 28), parents)
     size_of = dict(zip(tree.leaves, sizes))
     def leaf_probs(tree, images):     # a pruned leaf's images go to the last one
@@ -323,14 +323,14 @@ def test_growth(parents, sizes, ended, settings, follows, node, n_leaves, monkey
     monkeypatch.setattr(train, "random_view", lambda c, x, scale: x * (scale != (0.7, 1.0)))
     monkeypatch.setattr(train, "plan_splits", plan_splits)
     state = dict(phase=ended, n_phases=4, done=3, optimizer=1, node=1, rows=1, target=1)
-    state |= planned if config.cut and ended != "initial" else {}
+    state |= planned if config.plan and ended != "initial" else {}
     train.next_phase(config, state, tree, torch.ones(1000, 1, 28, 28, dtype=torch.uint8))
     assert (state["phase"], state["node"], len(tree.leaves)) == (follows, node, n_leaves)
     assert (state["n_phases"], state["done"], state["optimizer"]) == (5, 0, None)
     rows = {0: range(1000), 2: range(1000 - sizes[-1], 1000), 7: range(sizes[0])}.get(node)
     assert state["rows"] is rows is None or state["rows"].tolist() == list(rows)
     target = None
-    if config.cut and config.contrastive:                  # of the plan, or P(l; c)
+    if config.plan and config.contrastive:                  # of the plan, or P(l; c)
         target = leaf_probs(tree, 0)
         if node is not None:
             target = torch.tensor([[0.25, 0.7] if node == 0 else [0.5, 0.2]] * len(rows))
@@ -344,7 +344,7 @@ def test_paper_is_appendix_d():
         encoder="cnn", decoder="cnn", max_depth=7, max_leaves=10, representation_dim=4,
         latent_channels=16, bottom_up_channels=32, tree_batch_size=256, grow_batch_size=256,
         initial_epochs=150, grow_epochs=150, intermediate_epochs=80, finetune_epochs=200,
-        contrastive=0, cut=0, kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001,
+        contrastive=0, plan=0, kl_start=0.5, kl_start_later=0.5, kl_per_epoch=0.001,
         unet_channels=64, unet_multipliers="1,2,2,2", unet_blocks=2, unet_attention="16",
         dropout=0.3, diffusion_epochs=1000, diffusion_batch_size=256, diffusion_lr=2e-4,
         warmup_steps=5000, ema_decay=0.9999)
@@ -368,7 +368,7 @@ def test_the_other_presets_and_what_is_typed(monkeypatch):
         quick=False, latent_channels=8, bottom_up_channels=128, representation_dim=1, encoder="cnn",
         decoder="mlp", max_depth=6, max_leaves=10, initial_epochs=20, grow_epochs=5,
         intermediate_epochs=0, finetune_epochs=12, tree_batch_size=256, grow_batch_size=128,
-        kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, contrastive=100.0, cut=30.0, tree="",
+        kl_start=0.02, kl_start_later=0.1, kl_per_epoch=0.08, contrastive=100.0, plan=30.0, tree="",
         condition="path", with_reconstruction=False, unet_channels=16, unet_multipliers="1,2,4",
         unet_blocks=1, unet_attention="", dropout=0.0, diffusion_epochs=6, diffusion_batch_size=32,
         diffusion_lr=4e-3, warmup_steps=200, ema_decay=0.9999)
