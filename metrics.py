@@ -176,6 +176,7 @@ def clustering_scores(run):
         scores["leaf_purity"] = leaf_purity(leaf, labels)
         scores["accuracy"] = cluster_accuracy(leaf, labels)
         scores["NMI"] = normalized_mutual_info(leaf, labels)
+        scores["leaf_entropy_test_images"] = entropy(contingency(leaf, labels)).mean()
     return scores
 
 
@@ -217,7 +218,7 @@ def draw(run, n, steps, seed):
     for x in batches(run, run.data.test_images[:n]):
         paths = {"reconstructions": tree.infer_path(x, tree.leaf_probs(x).argmax(1)),
                  "new_images": tree.sample_path(len(x))}
-        leaves.append(paths["new_images"].nodes.amax(1).cpu())  # ids rise along a path
+        leaves.append(paths["new_images"].nodes.amax(1).cpu())
         for what, path in paths.items():
             for who, out in zip(("TreeVAE", "diffusion"), sample.draw_images(run, path, steps, 0)):
                 if out is not None:
@@ -245,7 +246,7 @@ def leaf_entropies(run, images, leaves, steps):
 
 
 def measure(folder, flags):
-    """All numbers of one run, for its metrics.json."""
+    """All numbers of a run."""
     run = train.load_run(folder, flags.device)
     config, data, device = run.config, run.data, run.device.type
     n = min(len(data.test_images), flags.images or (200 if config.quick else 10000))

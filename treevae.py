@@ -455,7 +455,7 @@ class TreeVAE(nn.Module):
     def decode(self, path):
         """mu_x of eq. (11) at each path's leaf: images, (B, C, H, W) in [0, 1]."""
         images = 0.0  # (B, C, H, W)
-        end = path.nodes.amax(1)  # ids rise along a path
+        end = path.nodes.amax(1)
         for leaf in self.leaves:  # each decodes all B: picking its rows would make a GPU wait
             out = self.nodes[leaf].decoder(path.z[:, self.depth(leaf)]).float()
             mu_x = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
