@@ -127,7 +127,7 @@ def kl_weight(config, phase, epoch):
     # nothing, so q would collapse to the prior (kl_root to 0)
     start = config.kl_start if phase == "initial" else config.kl_start_later
     rate = config.kl_per_epoch
-    if phase == "finetune":  # ends on the ELBO itself
+    if phase == "finetune":  # ends at the ELBO's 1
         rate = max(rate, 0.01, 1 / max(1, config.finetune_epochs - 1))
     return min(1.0, start + rate * epoch)
 
@@ -391,8 +391,8 @@ def train_phase(config, state, tree, images, folder):
     batch_size = min(batch_size_for(images, batch_size), len(rows))
     n_batches = len(rows) // batch_size  # a last, smaller batch is left out
     n_seen, n_epochs = n_batches * batch_size, getattr(config, f"{phase}_epochs")
-    contrast = config.contrastive if target is None else 0  # a target instead
-    plan = config.plan if phase == "grow" else config.plan / 3  # then a looser hold
+    contrast = config.contrastive if target is None else 0  # or a target
+    plan = config.plan if phase == "grow" else config.plan / 3  # else a looser hold
     tree.train_only(node)
     optimizer = torch.optim.Adam(tree.parameters(), weight_decay=1e-5, fused=True)
     if state["optimizer"]:

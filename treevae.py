@@ -455,7 +455,7 @@ class TreeVAE(nn.Module):
     def decode(self, path):
         """mu_x of eq. (11) at each path's leaf: images, (B, C, H, W) in [0, 1]."""
         images = 0.0  # (B, C, H, W)
-        end = path.nodes.amax(1)
+        end = path.nodes.amax(1)  # leaf
         for leaf in self.leaves:  # each decodes all B: picking its rows would make a GPU wait
             out = self.nodes[leaf].decoder(path.z[:, self.depth(leaf)]).float()
             mu_x = out.sigmoid() if self.likelihood == "bernoulli" else out.clamp(0, 1)
@@ -551,8 +551,8 @@ def decision_loss(tree, visits, targets, node=None):
 @torch.no_grad()
 def plan_splits(tree, batches, view, n_leaves, n_points=2000, n_voters=7):
     """Clusters of the images in batches, and how to split them.
-    -> shares (N, n_leaves + 2), of clusters among an image's voters; merges {a group, a tuple of
-    clusters: its two sides}. view(x): another view of a batch.
+    -> shares (N, n_leaves + 2) of the clusters among an image's nearest points; merges {group: its
+    two sides}, all tuples. view(x): another view of a batch.
     """
     head = tree.heads[-1][:-1]  # without its last layer, where NT-Xent spreads the images evenly
     features = torch.cat([sum(head(tree.bottom_up_pass(view(x))[-1]) for _ in range(4)) / 4

@@ -44,7 +44,7 @@ class Spy:
         patch.setattr(train, "CHUNK", 4)
         for owner, name, seen in (
                 (torch.optim.Adam, "step", self.on_step), (train.TreeVAE, "loss", self.on_loss),
-                (train, "decision_loss", self.on_cut), (train, "train_phase", self.on_phase),
+                (train, "decision_loss", self.on_plan), (train, "train_phase", self.on_phase),
                 (train.TreeVAE, "infer_path", self.on_path),
                 (train, "conditioned", self.on_conditioned),
                 (train.Diffusion, "loss", self.on_eq_30)):
@@ -67,7 +67,7 @@ class Spy:
         self.now |= dict(visits=result[-1], rows=indices(x))
         return result
 
-    def on_cut(self, real, tree, visits, target, node):
+    def on_plan(self, real, tree, visits, target, node):
         self.now |= dict(plan=real(tree, visits, target, node), target=target)
         assert visits is self.now["visits"]
         self.now["plan"].retain_grad()
